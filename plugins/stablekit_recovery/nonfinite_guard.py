@@ -1,0 +1,97 @@
+"""Skipping steps whose gradients are not finite, with a limit on how many in a row."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+from stablekit import hookimpl
+from stablekit.arguments import whole
+from stablekit.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stablekit import Step
+
+__all__ = ["NonFiniteGuard"]
+
+
+@final
+class NonFiniteGuard:
+    """Skip a step whose gradients hold NaN or Inf, or whose norm overflows float32.
+
+    In a skipped step no parameter, no optimizer state and no statistic moves; the event "skip"
+    names the tensors. After ``max_consecutive`` skips in a row the next bad step raises, since
+    skipping on would only hide that the run is over. Overflows that a GradScaler finds are its own
+    business and do not count.
+
+    Args:
+        max_consecutive: how many steps in a row may be skipped, at least 1.
+        name: the plugin's name in the session.
+
+    Raises:
+        TypeError: ``max_consecutive`` is not an integer.
+        ValueError: It is below 1.
+
+    Example:
+        >>> import stablekit
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = stablekit.wrap(torch.optim.AdamW([p]), NonFiniteGuard())
+        >>> p.grad = torch.tensor([1.0, float("nan")])
+        >>> optimizer.step()
+        >>> p.data, stablekit.session(optimizer).skipped
+        (tensor([1., 1.]), 1)
+    """
+
+    cost = "one read of the gradients; with a fused optimizer no host read on accelerators"
+
+    def __init__(self, *, max_consecutive: int = 20, name: str | None = None) -> None:
+        """Check the limit."""
+        self.max_consecutive = whole("max_consecutive", max_consecutive, at_least=1)
+        self.name = name or "nonfinite-guard"
+        self._in_a_row = torch.zeros((), dtype=torch.int64)
+        self._total = torch.zeros((), dtype=torch.int64)
+
+    @hookimpl
+    def observe_gradients(self, step: Step) -> None:
+        """Skip where the global norm is not finite."""
+        norm = step.gradients.raw_norm()
+        is_bad = ~norm.isfinite() & step.ok
+        in_a_row, total = self._in_a_row.to(norm.device), self._total.to(norm.device)
+        self._in_a_row = torch.where(step.ok, (in_a_row + 1) * is_bad, in_a_row)
+        self._total = total + is_bad
+        step.record("skipped", self._total)
+        if step.session.host and not bool(is_bad):
+            return
+        step.defer(partial(self._check, step.number), self._in_a_row)
+        step.skip(
+            "the gradients are not finite",
+            when=is_bad,
+            tensors=~step.gradients.raw_norms().isfinite(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many steps were skipped, in a row and in all."""
+        return {"in_a_row": int(self._in_a_row), "total": int(self._total)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue counting.
+
+        Raises:
+            TypeError: A count is not an integer.
+            ValueError: A count is negative.
+        """
+        in_a_row, total = whole("in_a_row", state["in_a_row"]), whole("total", state["total"])
+        self._in_a_row, self._total = torch.tensor(in_a_row), torch.tensor(total)
+
+    def _check(self, number: int, in_a_row: int) -> None:
+        if in_a_row > self.max_consecutive:
+            raise NonFiniteError(
+                f"gradients are not finite for the {int(in_a_row)}th step in a row, at step"
+                f" {number}; {self.max_consecutive} may be skipped (max_consecutive). The"
+                " parameters are as before the first of them: lower the learning rate, look at the"
+                " tensors the events name, or resume from a checkpoint."
+            )

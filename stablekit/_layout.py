@@ -1,0 +1,117 @@
+"""The parameters of a session in their fixed order, with names and places, as of this step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from stablekit._sharding import shard_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import nn
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
+
+_CACHED = 64
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def canonical(name: str) -> str:
+    """Return a parameter name without what DDP, FSDP, compile and checkpointing put in front.
+
+    Example:
+        >>> canonical("module._orig_mod.layers.0.weight")
+        'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@final
+class Layout:
+    """What stays the same from step to step while the parameters stay the same objects."""
+
+    def __init__(self, params: list[Tensor], names: tuple[str, ...], groups: list[int]) -> None:
+        """Sort the parameters by the process groups that share them."""
+        self.names = names
+        self.groups = groups
+        self.device = params[0].device if params else torch.device("cpu")
+        self.everyone = torch.ones(len(params), dtype=torch.bool, device=self.device)
+        by_groups: dict[tuple[ProcessGroup, ...], list[int]] = {}
+        for i, param in enumerate(params):
+            by_groups.setdefault(shard_groups(param), []).append(i)
+        by_groups.pop((), None)
+        self.shards = [
+            (groups, torch.tensor(index, device=self.device)) for groups, index in by_groups.items()
+        ]
+        self._subsets: dict[tuple[int, ...], Tensor] = {}
+        self._names: dict[tuple[int, ...], tuple[str, ...]] = {}
+        self._masks: dict[tuple[int, ...], Tensor] = {tuple(range(len(params))): self.everyone}
+
+    def subset(self, index: tuple[int, ...]) -> Tensor:
+        """Return positions as an index tensor on the device, made once."""
+        if index not in self._subsets:
+            if len(self._subsets) >= _CACHED:
+                self._subsets.clear()
+            self._subsets[index] = torch.tensor(index, dtype=torch.long, device=self.device)
+        return self._subsets[index]
+
+    def names_at(self, index: tuple[int, ...]) -> tuple[str, ...]:
+        """Return the names at these positions, the same object every time."""
+        if index not in self._names:
+            self._names[index] = tuple(self.names[i] for i in index)
+        return self._names[index]
+
+    def mask(self, index: tuple[int, ...]) -> Tensor:
+        """Return a bool ``[P]`` that is true at these positions, made once."""
+        if index not in self._masks:
+            if len(self._masks) >= _CACHED:
+                self._masks.clear()
+            mask = torch.zeros(len(self.names), dtype=torch.bool, device=self.device)
+            self._masks[index] = mask.index_fill(0, self.subset(index), True)
+        return self._masks[index]
+
+
+def parameters_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """Return all parameters of all groups, in order."""
+    return [
+        param
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for param in group["params"]
+    ]
+
+
+def layout_of(optimizers: Sequence[Optimizer], model: nn.Module | None) -> Layout:
+    """Resolve names and places of the parameters the optimizers hold now."""
+    known = _named(model) if model is not None else {}
+    params, names, groups = [], [], []
+    number = -1
+    for which, optimizer in enumerate(optimizers):
+        prefix = f"optimizer{which}." if len(optimizers) > 1 else ""
+        for g, group in enumerate(optimizer.param_groups):
+            number += 1
+            given = group.get("param_names")
+            for i, param in enumerate(group["params"]):
+                shape = "x".join(map(str, param.shape))
+                named = given[i] if given else f"{prefix}group{g}.{i}({shape})"
+                params.append(param)
+                names.append(known.get(id(param)) or canonical(named))
+                groups.append(number)
+    return Layout(params, tuple(_unique(names)), groups)
+
+
+def _named(model: nn.Module) -> dict[int, str]:
+    return {id(param): canonical(name) for name, param in model.named_parameters()}
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return result

@@ -1,0 +1,81 @@
+"""Finding and naming gradients that are not finite; what to do about them is for plugins."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from stablekit._sharding import all_reduce
+from stablekit.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from stablekit._ledger import Ledger
+    from stablekit._round import Round
+
+_NAMED = 16
+
+
+def watch(moment: Round, ledger: Ledger) -> None:
+    """Emit "nonfinite" where the global norm is NaN or infinite; on a device it arrives later."""
+    total = ledger.raw_norm()
+    if not moment.session.host:
+        moment.session.mail.send(partial(_report, moment, None), total, ledger.raw_norms())
+    elif not bool(total.isfinite()):
+        has_infinite = _tensors_with_infinite_elements(ledger)
+        _report(moment, has_infinite, total.item(), ledger.raw_norms().tolist())
+
+
+def refuse(moment: Round, ledger: Ledger) -> None:
+    """Stop a closure whose later evaluation is not finite: there is no way back from the middle.
+
+    Raises:
+        NonFiniteError: The global norm is NaN or infinite.
+    """
+    if moment.session.host and not bool(ledger.raw_norm().isfinite()):
+        raise NonFiniteError(
+            f"evaluation {moment.evaluation + 1} of the closure in step {moment.number} has"
+            " gradients that are not finite; only the first evaluation of a step can be skipped."
+            " Lower the learning rate or bound the line search."
+        )
+
+
+def _tensors_with_infinite_elements(ledger: Ledger) -> list[bool]:
+    """Tell a real Inf from a norm that overflowed; agreed between the ranks that share a tensor."""
+    flags = [data is not None and bool(data.isinf().any()) for data in ledger.data]
+    shared = torch.tensor(flags, dtype=torch.float32, device=ledger.layout.device)
+    for groups, index in ledger.layout.shards:
+        shared = shared.index_copy(0, index, all_reduce(shared[index], "max", groups))
+    return [bool(flag) for flag in shared.tolist()]
+
+
+def _report(
+    moment: Round, has_infinite: list[bool] | None, total: float, norms: list[float]
+) -> None:
+    if math.isfinite(total):
+        return
+    names = moment.layout.names
+    nan = [i for i, norm in enumerate(norms) if math.isnan(norm)]
+    infinite = [i for i, norm in enumerate(norms) if math.isinf(norm)]
+    real = infinite if has_infinite is None else [i for i in infinite if has_infinite[i]]
+    if nan:
+        kind, culprits = "nan", nan + real
+    elif real:
+        kind, culprits = "inf", real
+    else:
+        kind, culprits = "overflow", infinite or _largest(norms)
+    said = ", ".join(names[i] for i in culprits[:3]) + (", ..." if len(culprits) > 3 else "")
+    moment.emit(
+        "nonfinite",
+        "",
+        f"gradient norm is {total} ({kind}) in {len(culprits)} of {len(names)} tensors: {said}",
+        True,
+        [names[i] for i in culprits[:_NAMED]],
+        {"kind": kind, "count": len(culprits)},
+    )
+
+
+def _largest(norms: list[float]) -> list[int]:
+    return sorted(range(len(norms)), key=lambda i: norms[i], reverse=True)[:1]

@@ -1,0 +1,263 @@
+"""One step of a session, from the gradients as backward left them to the metrics."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from stablekit import _loss, _nonfinite
+from stablekit._amp import AmpState
+from stablekit._commit import commit
+from stablekit._ledger import Ledger
+from stablekit.events import Event
+from stablekit.step import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.optim import Optimizer
+
+    from stablekit._session import Session
+
+
+@final
+class Round:
+    """What happens between the first pre-hook and the last post-hook of one step."""
+
+    def __init__(self, session: Session, amp: AmpState) -> None:
+        """Take the parameters as they are now and number the step."""
+        self.session = session
+        self.optimizers: Sequence[Optimizer] = session.optimizers
+        self.layout, self.params = session.current_layout()
+        self.number = session.number
+        self.updates = session.updates
+        self.amp = amp
+        self.evaluation = 0
+        self.phase = ""
+        self.skipped = False
+        self.ledger: Ledger | None = None
+        self.ok = amp.ok(self.layout.device)
+        self.lent_scale = amp.scale
+        self.lent_found_inf: Tensor | None = None
+        self._losses = session.take_losses()
+        self._loss: Tensor | None = None
+        self._requests: list[tuple[str, str, Tensor, Tensor | None]] = []
+
+    @property
+    def learning(self) -> Tensor:
+        """Whether statistics may move: not when skipped, reevaluated, or without any gradient."""
+        if self.evaluation == 0 and self._has_gradients():
+            return self.ok
+        return torch.zeros_like(self.ok)
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether the optimizers must not act; a GradScaler's own skip they know of already."""
+        by_scaler = self.amp.overflowed(host=self.session.host)
+        return self.skipped and not by_scaler and not self.session.dry_run
+
+    def read(self) -> Ledger:
+        """Open the books: one sweep over the gradients, one reduction where they are sharded."""
+        riders = _loss.riders(self._losses, self.layout)
+        ledger = Ledger(
+            self.params,
+            self.layout,
+            host=self.session.host,
+            dry_run=self.session.dry_run,
+            unscale=self.amp.unscale(self.layout.device),
+            reduce_groups=self.session.reduce_groups,
+            ride=riders,
+        )
+        self.ledger = ledger
+        ledger.read_units(self.session.seats.needing("unit_norms", self.layout))
+        ledger.raw_norms()
+        if riders is not None:
+            self._loss = ledger.ride[0] / self.layout.shards[0][0][0].size()
+        return ledger
+
+    def observe(self) -> None:
+        """Let plugins look and decide together whether the step is skipped."""
+        ledger = self.read()
+        if self.amp.overflowed(host=self.session.host):
+            self.emit("scaler-skip", "", "the GradScaler found an overflow", True, (), {})
+            self._settle_skip()
+            return
+        _nonfinite.watch(self, ledger)
+        self._fire("observe_gradients")
+        for plugin, reason, flag, culprits in self._requests:
+            self.emit("skip", plugin, reason, flag, culprits if culprits is not None else (), {})
+        if self.session.host:
+            if self._requests:
+                self._settle_skip()
+        elif self._requests or self.amp.found_inf is not None:
+            self._settle_on_device()
+
+    def transform(self) -> None:
+        """Let plugins change the gradients; nothing is written yet."""
+        self._fire("transform_gradients")
+
+    def write(self, *, by_hand: bool) -> None:
+        """Write what is pending, or leave one global factor to a fused optimizer's kernel.
+
+        Args:
+            by_hand: write even what a fused optimizer could multiply on the way.
+        """
+        ledger = self.ledger
+        assert ledger is not None
+        if self.session.dry_run:
+            return
+        pending = ledger.factor
+        must_write = by_hand or ledger.unit_factors or self.session.seats.has("before_update")
+        if must_write or not self._can_ride(pending):
+            commit(ledger)
+        elif pending is not None and not (self.session.host and pending == 1):
+            scale = self.amp.scale if ledger.unscale is not None else None
+            self.lent_scale = pending.reciprocal() if scale is None else scale / pending
+            return
+        self.lent_scale = None if ledger.unscale is None else self.amp.scale
+
+    def _can_ride(self, pending: Tensor | None) -> bool:
+        if pending is None:
+            return True
+        by_kernel = self.amp.fused and pending.ndim == 0
+        return by_kernel and not (self.session.host and bool(pending == 0))
+
+    def before_update(self) -> None:
+        """Let plugins see what the optimizer will."""
+        if not self.session.dry_run:
+            self._fire("before_update")
+
+    def reevaluate(self) -> None:
+        """Treat a later evaluation of the same closure with the thresholds of the first."""
+        self.evaluation += 1
+        ledger = self.read()
+        _nonfinite.refuse(self, ledger)
+        self.transform()
+        self.write(by_hand=True)
+
+    def end(self) -> None:
+        """Close the step: projections, metrics, and let the gradients go."""
+        ledger = self.ledger
+        assert ledger is not None
+        if not self.skipped and not self.session.dry_run:
+            self._fire("after_update")
+        self._record_norms(ledger)
+        self._fire("on_step_end")
+        self.ledger = None
+        self._losses = []
+        self._requests = []
+
+    def loss(self) -> Tensor | None:
+        """Return the mean of the observed losses over data-parallel ranks."""
+        if self._loss is None:
+            self._loss = _loss.reduced(self._losses)
+        return self._loss
+
+    def record(self, plugin: str, name: str, value: Tensor | float) -> None:
+        """Keep a plugin's metric, and count the steps in which it clipped."""
+        metrics = self.session.latest
+        metrics.record(f"{plugin}/{name}", value)
+        if name == "clipped" and self.evaluation == 0:
+            acted = torch.as_tensor(value, device=self.ok.device) > 0
+            metrics.count_clipped(plugin, acted & self.ok)
+
+    def ask_to_skip(
+        self, plugin: str, reason: str, when: bool | Tensor, culprits: Tensor | None
+    ) -> None:
+        """Note a plugin's wish; on a device its truth is only known there."""
+        if self.session.host:
+            if bool(when) and bool(self.ok):
+                self._requests.append((plugin, reason, self.ok, culprits))
+        else:
+            self._requests.append((plugin, reason, self.ok & when, culprits))
+
+    def emit(
+        self,
+        kind: str,
+        plugin: str,
+        message: str,
+        when: bool | Tensor,
+        tensors: Tensor | Sequence[str],
+        data: dict[str, Any],
+    ) -> None:
+        """Emit an event, now or when its values have reached the host."""
+        if (self.session.host or isinstance(when, bool)) and not when:
+            return
+        late = {key: value for key, value in data.items() if isinstance(value, Tensor)}
+        flags = [when] if isinstance(when, Tensor) else []
+        masks = [tensors] if isinstance(tensors, Tensor) else []
+        names = () if isinstance(tensors, Tensor) else tuple(tensors)
+        event = Event(kind, self.number, plugin, message, names, dict(data))
+        deliver = partial(self._deliver, event, list(late), len(flags), len(masks))
+        if late or flags or masks:
+            self.session.mail.send(deliver, *flags, *masks, *late.values())
+        else:
+            deliver()
+
+    def _deliver(
+        self,
+        event: Event,
+        keys: list[str],
+        flags: int,
+        masks: int,
+        *values: Any,  # noqa: ANN401 - host values of any shape
+    ) -> None:
+        if flags and not values[0]:
+            return
+        names = event.tensors
+        if masks:
+            names = tuple(
+                name for name, hit in zip(self.layout.names, values[flags], strict=True) if hit
+            )
+        data = {**event.data, **dict(zip(keys, values[flags + masks :], strict=True))}
+        self.session.publish(
+            Event(event.kind, event.step, event.plugin, event.message, names, data), Step(self)
+        )
+
+    def _has_gradients(self) -> bool:
+        return bool(self.ledger is None or self.ledger.held or self.layout.shards)
+
+    def _settle_skip(self) -> None:
+        self.skipped = True
+        self.ok = torch.zeros_like(self.ok)
+        self.session.count_skip()
+        self._fire("on_skip")
+
+    def _settle_on_device(self) -> None:
+        for _, _, flag, _ in self._requests:
+            self.ok = self.ok & ~flag
+        if not self.amp.fused:
+            if not bool(self.ok):
+                self._settle_skip()
+        else:
+            self.lent_found_inf = (~self.ok).float()
+            self.session.mail.send(self._learn_of_skip, self.ok)
+
+    def _learn_of_skip(self, ok: float) -> None:
+        if ok:
+            return
+        self.session.count_skip()
+        self.session.updates -= 1
+        self._fire("on_skip")
+
+    def _record_norms(self, ledger: Ledger) -> None:
+        latest = self.session.latest
+        latest.record("grad_norm", ledger.raw_norm())
+        if self.number % max(self.session.log_every, 1) == 0 or not ledger.is_outdated:
+            after = torch.zeros_like(self.ok, dtype=torch.float32)
+            latest.record("grad_norm_clipped", after if self.skipped else ledger.norm())
+        if self._loss is not None or (self._losses and not _loss.is_shared()):
+            loss = self.loss()
+            assert loss is not None
+            latest.record("loss", loss)
+        latest.record("steps_skipped", self.session.skipped)
+
+    def _fire(self, hook: str) -> None:
+        self.phase = hook
+        try:
+            self.session.seats.call(hook, self)
+        finally:
+            self.phase = ""

@@ -1,0 +1,173 @@
+"""Plugins in the order the user listed them, each called under its own name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import TYPE_CHECKING, Any, final
+
+import pluggy
+
+from stablekit import hookspecs
+from stablekit.errors import AttachError, HookError, PluginError, StablekitError
+from stablekit.hookspecs import HOOKS, Plugin, hooks_of
+from stablekit.step import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from stablekit._layout import Layout
+    from stablekit._round import Round
+    from stablekit._selection import Selection
+    from stablekit.events import Event
+
+_STEP_HOOKS = HOOKS[1:7]
+
+
+@final
+class Seat:
+    """A plugin's place in one session: what pluggy registers in its stead."""
+
+    def __init__(self, plugin: Plugin, selection: Selection | None) -> None:
+        """Take in a plugin, after pluggy has checked its hooks."""
+        _check_hooks(plugin)
+        self.plugin = plugin
+        self.name = plugin.name
+        self.selection = selection
+        self.hooks = hooks_of(plugin)
+        self.number = 0
+        for hook in self.hooks:
+            setattr(self, hook, self._entry(hook))
+
+    def chosen(self, layout: Layout) -> tuple[int, ...] | None:
+        """Return the positions the plugin is restricted to, None for all."""
+        return None if self.selection is None else self.selection.positions(layout)
+
+    def _entry(self, hook: str) -> Callable[..., None]:
+        function = getattr(self.plugin, hook)
+        takes = frozenset(inspect.signature(function).parameters)
+
+        def run(**arguments: Any) -> None:  # noqa: ANN401 - the hook's own arguments
+            try:
+                function(**{key: value for key, value in arguments.items() if key in takes})
+            except StablekitError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {self.name!r} failed in {hook} at step {self.number}:"
+                    f" {type(error).__name__}: {error}"
+                ) from error
+
+        def step_hook(moment: Round) -> None:
+            self.number = moment.number
+            run(step=Step(moment, self.name, self.chosen(moment.layout)))
+
+        return step_hook if hook in _STEP_HOOKS else run
+
+
+@final
+class Seats:
+    """All seats of a session and the calls to them."""
+
+    def __init__(self, pairs: Iterable[tuple[Plugin, Selection | None]]) -> None:
+        """Seat plugins in order.
+
+        Raises:
+            AttachError: Two plugins have the same name.
+            HookError: A hook does not exist or takes arguments it cannot be given.
+        """
+        self._seats: list[Seat] = []
+        for plugin, selection in pairs:
+            if plugin.name in self.by_name:
+                raise AttachError(
+                    f"two plugins are named {plugin.name!r}; give one of them another name=..."
+                )
+            self._seats.append(Seat(plugin, selection))
+        self._calls = {hook: self._ordered(hook) for hook in HOOKS}
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        """Plugins by name, in the listed order."""
+        return {seat.name: seat.plugin for seat in self._seats}
+
+    def has(self, hook: str) -> bool:
+        """Tell whether anyone implements a hook."""
+        return bool(self._calls[hook])
+
+    def needing(self, what: str, layout: Layout) -> list[int]:
+        """Return the positions of the tensors of which some plugin announced to need a read."""
+        positions: set[int] = set()
+        for seat in self._seats:
+            if what in getattr(seat.plugin, "needs", ()):
+                chosen = seat.chosen(layout)
+                positions.update(range(len(layout.names)) if chosen is None else chosen)
+        return sorted(positions)
+
+    def settle(self, layout: Layout) -> None:
+        """Resolve every restriction now, so that a pattern without match is heard of at attach."""
+        for seat in self._seats:
+            seat.chosen(layout)
+
+    def call(self, hook: str, moment: Round) -> None:
+        """Fire a hook that takes a step."""
+        for function in self._calls[hook]:
+            function(moment)
+
+    def attached(self, session: object) -> None:
+        """Fire ``on_attach``."""
+        self._tell("on_attach", session=session)
+
+    def detached(self, session: object) -> None:
+        """Fire ``on_detach``."""
+        self._tell("on_detach", session=session)
+
+    def metrics(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Fire ``on_metrics``."""
+        self._tell("on_metrics", number=number, metrics=metrics)
+
+    def event(self, event: Event, step: Step) -> None:
+        """Fire ``on_event``."""
+        self._tell("on_event", event=event, step=step)
+
+    def _tell(self, hook: str, **arguments: Any) -> None:  # noqa: ANN401 - the hook's own arguments
+        for function in self._calls[hook]:
+            function(**arguments)
+
+    def _ordered(self, hook: str) -> list[Callable[..., None]]:
+        """Return a hook's implementations as pluggy orders plugins registered last to first."""
+        manager = pluggy.PluginManager("stablekit")
+        manager.add_hookspecs(hookspecs)
+        for seat in reversed(self._seats):
+            manager.register(seat.plugin, seat.name)
+        entries: dict[str, Callable[..., None]] = {
+            seat.name: getattr(seat, hook) for seat in self._seats if hook in seat.hooks
+        }
+        calls = reversed(getattr(manager.hook, hook).get_hookimpls())
+        return [entries[call.plugin_name] for call in calls]
+
+
+def _check_hooks(plugin: Plugin) -> None:
+    """Have pluggy verify names and arguments of a plugin's hooks."""
+    manager = pluggy.PluginManager("stablekit")
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(plugin, plugin.name)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise HookError(f"plugin {plugin.name!r}: {error}{_hint(plugin)}") from error
+    for caller in manager.get_hookcallers(plugin) or ():
+        if any(call.hookwrapper or call.wrapper for call in caller.get_hookimpls()):
+            raise HookError(
+                f"plugin {plugin.name!r}: {caller.name} is a hook wrapper, which stablekit does not"
+                " have; list a plugin before and one after instead"
+            )
+
+
+def _hint(plugin: Plugin) -> str:
+    marked = [n for n in dir(plugin) if hasattr(getattr(plugin, n, None), "stablekit_impl")]
+    hints = [
+        f"; {name} is not a hook, did you mean {nearest[0]}?"
+        for name in marked
+        if name not in HOOKS and (nearest := difflib.get_close_matches(name, HOOKS, n=1))
+    ]
+    return "".join(hints) + f" (hooks are: {', '.join(HOOKS)})"

@@ -1,0 +1,263 @@
+"""A session: plugins attached to an optimizer, with their metrics, events and state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from typing import TYPE_CHECKING, Any, final
+
+from torch import Tensor
+
+from stablekit import _state
+from stablekit._layout import Layout, layout_of, parameters_of
+from stablekit._mail import Mail
+from stablekit._metrics import Metrics
+from stablekit._pace import Pace
+from stablekit._sharding import all_reduce
+from stablekit._summary import summarize
+from stablekit._torch_hooks import Wire
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from torch import nn
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from stablekit._round import Round
+    from stablekit._seats import Seats
+    from stablekit.events import Event
+    from stablekit.hookspecs import Plugin
+    from stablekit.step import Step
+
+MAX_EVENTS = 1000
+
+
+@final
+class Session:
+    """Plugins at work on an optimizer; made by :func:`stablekit.attach`.
+
+    Example:
+        >>> import torch, stablekit
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with stablekit.attach(optimizer, "global-norm") as session:
+        ...     model(torch.ones(1, 4)).sum().backward()
+        ...     optimizer.step()
+        >>> round(session.metrics()["grad_norm_clipped"], 3)
+        1.0
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        seats: Seats,
+        *,
+        model: nn.Module | None,
+        log_every: int | None,
+        device_mode: bool | None,
+        reduce_groups: Sequence[ProcessGroup],
+        dry_run: bool,
+    ) -> None:
+        """Wire the plugins to the optimizers; use :func:`stablekit.attach`."""
+        self.optimizers = tuple(optimizers)
+        self.seats = seats
+        self.model = model
+        self.dry_run = dry_run
+        self.reduce_groups = tuple(reduce_groups)
+        self.number = 0
+        self.updates = 0
+        self.skipped = 0
+        self.is_paused = False
+        self.latest = Metrics()
+        self._layout: Layout | None = None
+        self._identity: tuple[int, ...] = ()
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._observed: list[Tensor] = []
+        self._overheard: list[Tensor] = []
+        self._batch: Any = None
+        on_host = self.current_layout()[0].device.type == "cpu"
+        self.host = on_host if device_mode is None else not device_mode
+        self.log_every = (1 if on_host else 10) if log_every is None else log_every
+        self.mail = Mail(host=self.host)
+        self._pace = Pace(self)
+        self._wires = [Wire(self._pace, optimizer) for optimizer in self.optimizers]
+        self._handles: list[RemovableHandle] = _state.register(self)
+        if model is not None:
+            self._handles.append(model.register_forward_hook(self._overhear))
+        self.seats.settle(self.current_layout()[0])
+        self.seats.attached(self)
+
+    @property
+    def plugins(self) -> dict[str, Plugin]:
+        """The attached plugins by name, in the listed order."""
+        return self.seats.by_name
+
+    @property
+    def events(self) -> list[Event]:
+        """The latest events, oldest first, at most 1000."""
+        return list(self._events)
+
+    @property
+    def batch(self) -> Any:  # noqa: ANN401 - whatever the training loop observed
+        """What was last passed to ``observe(batch=...)``."""
+        return self._batch
+
+    def observe(self, *, loss: Tensor | float | None = None, batch: Any = None) -> None:  # noqa: ANN401 - any batch description
+        """Tell the session about the step to come; call it before ``step()``, any number of times.
+
+        Args:
+            loss: the loss of a micro-batch, a scalar; ``step.loss`` is their mean.
+            batch: anything that identifies the batch, for events.
+
+        Raises:
+            ValueError: The loss is not a scalar.
+        """
+        if loss is not None:
+            self._observed.append(_scalar(loss))
+        if batch is not None:
+            self._batch = batch
+
+    def metrics(self) -> dict[str, float]:
+        """Return the latest metrics as plain floats; reads the device once."""
+        self.mail.collect()
+        self.latest.record("steps_skipped", self.skipped)
+        return self.latest.read()
+
+    def summary(self) -> str:
+        """Return a table of what the plugins did so far.
+
+        Example:
+            >>> import torch, stablekit
+            >>> layer = torch.nn.Linear(2, 2)
+            >>> session = stablekit.attach(torch.optim.SGD(layer.parameters()), "zclip")
+            >>> print(session.summary())
+            0 steps, 0 updates, 0 skipped, 0 events
+            plugin  steps clipped  threshold
+            zclip   0 (0.0%)       -
+        """
+        self.mail.collect()
+        return summarize(self)
+
+    def reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Return a tensor reduced over all ranks with "sum", "mean", "max" or "min".
+
+        The only way for a plugin to communicate. Without several processes it returns its input.
+
+        Raises:
+            ValueError: The operation is not known.
+        """
+        return all_reduce(tensor, op)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that must travel in a checkpoint: plain values and CPU tensors only."""
+        self.mail.collect()
+        return _state.dump(self)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Args:
+            state: the state; nothing changes if it is malformed.
+            strict: refuse a state of other plugins instead of warning.
+
+        Raises:
+            StateError: A field is missing, unknown or of the wrong kind; the message names it.
+        """
+        _state.load(self, state, strict=strict)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let steps pass unseen and unchanged within a ``with`` block."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+    def detach(self) -> None:
+        """Leave the optimizer exactly as it was; a second call does nothing."""
+        if not self._wires:
+            return
+        self.mail.collect()
+        for wire in self._wires:
+            wire.cut()
+        for handle in self._handles:
+            handle.remove()
+        self._wires, self._handles = [], []
+        self.seats.detached(self)
+
+    def __enter__(self) -> Session:
+        """Return the session; leaving the block detaches it."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    def current_layout(self) -> tuple[Layout, list[Tensor]]:
+        """Return the parameters the optimizers hold now; FSDP2 may have swapped them."""
+        params = parameters_of(self.optimizers)
+        identity = tuple(map(id, params))
+        if self._layout is None or identity != self._identity:
+            self._layout = layout_of(self.optimizers, self.model)
+            self._identity = identity
+        return self._layout, params
+
+    def take_losses(self) -> list[Tensor]:
+        """Return the losses seen since the last step; those observed explicitly come first."""
+        losses = self._observed or self._overheard
+        self._observed, self._overheard = [], []
+        return losses
+
+    def saw_loss(self, loss: Tensor) -> None:
+        """Note a loss that nobody passed to :meth:`observe`."""
+        if loss.numel() == 1:
+            self._overheard = [*self._overheard, _scalar(loss)]
+
+    def count_skip(self) -> None:
+        """Count a skipped step."""
+        self.skipped += 1
+
+    def publish(self, event: Event, step: Step) -> None:
+        """Keep an event and tell the plugins."""
+        self._events.append(event)
+        self.seats.event(event, step)
+
+    def close(self, moment: Round) -> None:
+        """End a step: count it, fire the last hooks, hand out metrics."""
+        moment.end()
+        if not moment.skipped:
+            self.updates += 1
+        if self.log_every and self.number % self.log_every == 0:
+            self.mail.collect()
+            if self.seats.has("on_metrics"):
+                self.seats.metrics(self.number, self.metrics())
+
+    def restore(self, counters: Mapping[str, Any], events: list[Event]) -> None:
+        """Continue from saved counters and events."""
+        self.number = counters["number"]
+        self.updates = counters["updates"]
+        self.skipped = counters["skipped"]
+        self.latest.restore_clipped(counters["clipped"])
+        self._events.clear()
+        self._events.extend(events)
+
+    def _overhear(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401 - any model output
+        loss = getattr(output, "loss", None)
+        if module.training and isinstance(loss, Tensor) and loss.requires_grad:
+            self.saw_loss(loss)
+
+
+def _scalar(loss: Tensor | float) -> Tensor:
+    value = loss.detach() if isinstance(loss, Tensor) else Tensor([loss])
+    if value.numel() != 1:
+        raise ValueError(f"loss must be a scalar, got a tensor of shape {list(value.shape)}")
+    return value.reshape(())

@@ -1,0 +1,208 @@
+"""Session state in checkpoints: what it looks like, how it is checked, where it travels."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from stablekit.errors import StateError, StateWarning
+from stablekit.events import Event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from stablekit._session import Session
+    from stablekit.hookspecs import Plugin
+
+KEY = "stablekit"
+VERSION = 1
+_SAVED_EVENTS = 200
+
+
+def dump(session: Session) -> dict[str, Any]:
+    """Return the state of a session and its plugins."""
+    return {
+        "version": VERSION,
+        "number": session.number,
+        "updates": session.updates,
+        "skipped": session.skipped,
+        "clipped": session.latest.clipped_steps(),
+        "events": [event.as_dict() for event in session.events[-_SAVED_EVENTS:]],
+        "plugins": {
+            name: {"settings": settings(plugin), "state": _state_of(plugin)}
+            for name, plugin in session.plugins.items()
+        },
+    }
+
+
+def load(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
+    """Check a state completely, then take it over.
+
+    Raises:
+        StateError: The state does not fit; nothing was changed.
+    """
+    check(session, state, strict=strict)
+    _compare(session, state["plugins"])
+    for name, plugin in session.plugins.items():
+        if name in state["plugins"]:
+            _load_plugin(plugin, state["plugins"][name]["state"])
+    session.restore(state, [Event.from_dict(event) for event in state["events"]])
+
+
+def check(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
+    """Refuse a state that :func:`load` could not take over; every plugin is as before afterwards.
+
+    Raises:
+        StateError: The message names the field.
+    """
+    _check_frame(state)
+    saved, ours = state["plugins"], session.plugins
+    if strict and set(saved) != set(ours):
+        raise StateError(
+            f"the state is of the plugins {sorted(saved)}, the session has {sorted(ours)};"
+            " pass strict=False to start the others afresh"
+        )
+    for name, plugin in ours.items():
+        if name in saved:
+            _try(name, plugin, saved[name]["state"])
+
+
+def settings(plugin: Plugin) -> dict[str, Any]:
+    """Return the constructor arguments a plugin keeps under their own names, plain values only."""
+    parameters = inspect.signature(type(plugin)).parameters
+    kept = {key: getattr(plugin, key, None) for key in parameters if hasattr(plugin, key)}
+    plain = (bool, int, float, str, type(None))
+    return {key: value for key, value in kept.items() if isinstance(value, plain)}
+
+
+def register(session: Session) -> list[RemovableHandle]:
+    """Let the state travel in the first optimizer's ``state_dict()`` under the key "stablekit"."""
+    optimizer = session.optimizers[0]
+    pending: list[Mapping[str, Any]] = []
+
+    def save(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict[KEY] = session.state_dict()
+
+    def verify(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        pending.clear()
+        if KEY not in state_dict:
+            warnings.warn(
+                "the optimizer state being loaded holds no stablekit state: plugins keep theirs."
+                " If it was saved through another channel, call session.load_state_dict(...)",
+                StateWarning,
+                stacklevel=4,
+            )
+            return state_dict
+        check(session, state_dict[KEY], strict=False)
+        pending.append(state_dict[KEY])
+        return {key: value for key, value in state_dict.items() if key != KEY}
+
+    def apply(_: Optimizer) -> None:
+        if pending:
+            load(session, pending.pop(), strict=False)
+
+    return [
+        optimizer.register_state_dict_post_hook(save),
+        optimizer.register_load_state_dict_pre_hook(verify),
+        optimizer.register_load_state_dict_post_hook(apply),
+    ]
+
+
+def _state_of(plugin: Plugin) -> dict[str, Any]:
+    save: Callable[[], dict[str, Any]] | None = getattr(plugin, "state_dict", None)
+    state = save() if save is not None else {}
+    return {key: _plain(value, f"{plugin.name}.{key}") for key, value in state.items()}
+
+
+def _plain(value: Any, path: str) -> Any:  # noqa: ANN401 - any state value
+    """Return a value that ``torch.load(weights_only=True)`` accepts, tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise StateError(f"state field {path} is a {type(value).__name__}; plain values are expected")
+
+
+def _load_plugin(plugin: Plugin, state: Mapping[str, Any]) -> None:
+    restore: Callable[[Mapping[str, Any]], None] | None = getattr(plugin, "load_state_dict", None)
+    if restore is not None:
+        restore(state)
+
+
+def _try(name: str, plugin: Plugin, state: object) -> None:
+    """Load a plugin's state and put the old one back, so that a bad one is found beforehand."""
+    path = f"plugins.{name}.state"
+    if not isinstance(state, dict):
+        raise StateError(f"state field {path} must be a dict, got {type(state).__name__}")
+    before = _state_of(plugin)
+    if set(state) != set(before):
+        odd = sorted(set(state) ^ set(before))
+        raise StateError(
+            f"state field {path} must have the keys {sorted(before)}; differs in {odd}"
+        )
+    try:
+        _load_plugin(plugin, state)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise StateError(f"state field {path}: {error}") from error
+    finally:
+        _load_plugin(plugin, before)
+
+
+_FRAME: dict[str, type] = {
+    "version": int,
+    "number": int,
+    "updates": int,
+    "skipped": int,
+    "clipped": dict,
+    "events": list,
+    "plugins": dict,
+}
+
+
+def _check_frame(state: object) -> None:
+    if not isinstance(state, dict):
+        raise StateError(f"stablekit state must be a dict, got {type(state).__name__}")
+    for key, kind in _FRAME.items():
+        if not isinstance(state.get(key), kind):
+            raise StateError(
+                f"state field {key} must be of type {kind.__name__}, got {state.get(key)!r}"
+            )
+    if state["version"] != VERSION:
+        raise StateError(f"state field version must be {VERSION}, got {state['version']}")
+    for name, entry in state["plugins"].items():
+        if not isinstance(entry, dict) or set(entry) != {"settings", "state"}:
+            raise StateError(f"state field plugins.{name} must hold 'settings' and 'state'")
+    for i, event in enumerate(state["events"]):
+        try:
+            Event.from_dict(event)
+        except (TypeError, KeyError) as error:
+            raise StateError(f"state field events[{i}]: {error}") from error
+
+
+def _compare(session: Session, saved: Mapping[str, Any]) -> None:
+    """Warn once about every way in which the saved session was another one."""
+    ours = session.plugins
+    said = []
+    if added := [name for name in ours if name not in saved]:
+        said.append(f"start afresh, not in the checkpoint: {', '.join(added)}")
+    if removed := [name for name in saved if name not in ours]:
+        said.append(f"dropped, not attached now: {', '.join(removed)}")
+    for name, plugin in ours.items():
+        before = saved.get(name, {}).get("settings", {})
+        now = settings(plugin)
+        changed = [key for key in now if key in before and before[key] != now[key]]
+        said += [f"{name}.{key} is {now[key]!r}, was {before[key]!r}" for key in changed]
+    if said:
+        warnings.warn(
+            f"checkpoint of another set of plugins: {'; '.join(said)}", StateWarning, stacklevel=2
+        )

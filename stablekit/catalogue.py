@@ -1,0 +1,114 @@
+"""The plugins that installed distributions offer by entry point; none runs by itself."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, final
+
+from stablekit.errors import StablekitWarning, UnknownPluginError
+from stablekit.hookspecs import Plugin, hooks_of
+
+__all__ = ["GROUP", "PRESETS", "PluginInfo", "available", "create"]
+
+GROUP = "stablekit.plugins"
+"""The entry-point group: name -> class."""
+
+PRESETS: dict[str, tuple[str, ...]] = {"recommended": ("nonfinite-guard", "zclip")}
+"""Names that stand for a list of plugins."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """What is known of one plugin in the catalogue."""
+
+    name: str
+    """The name it is attached by."""
+    summary: str
+    """First line of its docstring."""
+    distribution: str
+    """The distribution that provides it."""
+    version: str
+    """That distribution's version."""
+    entry_point: str
+    """``module:Class``."""
+    hooks: tuple[str, ...]
+    """The hooks it implements, in firing order."""
+    parameters: dict[str, Any]
+    """Constructor parameters and defaults; ``inspect.Parameter.empty`` where required."""
+
+
+def available() -> dict[str, PluginInfo]:
+    """Return every plugin that can be attached by name, sorted by name.
+
+    A plugin that cannot be imported is left out with a warning that says why.
+
+    Example:
+        >>> available()["zclip"].hooks
+        ('transform_gradients',)
+    """
+    found = {}
+    for name, point in sorted(_points().items()):
+        try:
+            found[name] = _info(point)
+        except (ImportError, AttributeError) as error:
+            warnings.warn(
+                f"plugin {name!r} ({point.value}) cannot be loaded: {error}",
+                StablekitWarning,
+                stacklevel=2,
+            )
+    return found
+
+
+def create(name: str, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin's own arguments
+    """Return a new plugin of this name, made with these constructor arguments.
+
+    Raises:
+        UnknownPluginError: No distribution provides the name; the nearest ones are listed.
+        TypeError: The plugin takes no such argument; those it takes are listed.
+        ValueError: The plugin refuses a value.
+
+    Example:
+        >>> create("zclip", z_thresh=3.0).name
+        'zclip'
+    """
+    points = _points()
+    if name not in points:
+        raise UnknownPluginError(_unknown(name, sorted([*points, *PRESETS])))
+    factory = points[name].load()
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        raise TypeError(f"plugin {name!r}: {error}; it takes {name}{signature}") from None
+    plugin: Plugin = factory(**kwargs)
+    return plugin
+
+
+def _points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _info(point: EntryPoint) -> PluginInfo:
+    factory = point.load()
+    distribution = point.dist
+    parameters = inspect.signature(factory).parameters
+    return PluginInfo(
+        name=point.name,
+        summary=(inspect.getdoc(factory) or "").partition("\n")[0],
+        distribution=distribution.name if distribution else "",
+        version=distribution.version if distribution else "",
+        entry_point=point.value,
+        hooks=hooks_of(factory),
+        parameters={key: parameter.default for key, parameter in parameters.items()},
+    )
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=2)
+    guess = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    return f"no installed plugin is named {name!r}{guess} Known are: {', '.join(known)}."
