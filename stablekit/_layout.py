@@ -39,6 +39,7 @@ class Layout:
         self.names = names
         self.groups = groups
         self.device = params[0].device if params else torch.device("cpu")
+        self.everywhere = tuple(range(len(params)))
         self.everyone = torch.ones(len(params), dtype=torch.bool, device=self.device)
         by_groups: dict[tuple[ProcessGroup, ...], list[int]] = {}
         for i, param in enumerate(params):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from stablekit._layout import Layout
+
+_LAYOUT = attrgetter("layout")
 
 
 @final
@@ -56,9 +59,11 @@ class Ledger:
         self.unscale = unscale
         self.reduce_groups = reduce_groups
         self.ride = ride if ride is not None else torch.empty(0, device=layout.device)
-        self.data = [local_gradient(param) for param in params]
-        self.held = tuple(i for i, data in enumerate(self.data) if data is not None)
-        self.present = layout.mask(self.held)
+        self.data = local_gradients(params)
+        self.held, self.present = layout.everywhere, layout.everyone
+        if any(data is None for data in self.data):
+            self.held = tuple(i for i, data in enumerate(self.data) if data is not None)
+            self.present = layout.mask(self.held)
         self.factor: Tensor | None = None
         self.unit_factors: dict[int, Tensor] = {}
         self._raw: Tensor | None = None
@@ -125,6 +130,8 @@ class Ledger:
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the pending factor; NaN counts as 1."""
+        if self.host and factor.ndim == 0 and (factor == 1 or factor != factor):
+            return
         factor = torch.where(factor.isnan(), 1.0, factor)
         self.factor = factor if self.factor is None else self.factor * factor
 
@@ -197,6 +204,9 @@ class Ledger:
 
     def _local_norms(self, indices: tuple[int, ...]) -> Tensor | None:
         """Return norms of local data times unit factors, from unit norms where those are known."""
+        if not self._units and indices:
+            held = [self._held(i) for i in indices]
+            return self._true(_norms.tensor_norms(held).to(self.layout.device))
         known = [i for i in indices if i in self._units and not self._is_cut(i)]
         rest = [i for i in indices if i not in self._units or self._is_cut(i)]
         parts = []
@@ -273,6 +283,14 @@ def applied(norms: Tensor, factor: Tensor | None) -> Tensor:
 def over_units(factors: Tensor, data: Tensor) -> Tensor:
     """Shape one factor a unit so that it multiplies dim 0 of the data."""
     return factors.view(-1, *[1] * (data.ndim - 1)) if data.ndim > 1 else factors
+
+
+def local_gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """Return the dense local data of every parameter's gradient, None where there is none."""
+    grads = [param.grad for param in params]
+    if set(map(type, grads)) == {Tensor} and set(map(_LAYOUT, grads)) == {torch.strided}:
+        return grads
+    return [local_gradient(param) for param in params]
 
 
 def local_gradient(param: Tensor) -> Tensor | None:

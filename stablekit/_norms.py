@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 # torch's CPU norm loses digits with length (3e-3 at 40M elements) and is slow for half types; up to
 # these sizes it is both exact and the fastest call there is.
-_SHORT = {torch.float32: 1 << 16}
+_SHORT = 1 << 16
 _SHORT_OTHER = 1 << 12
 _ROW = 1 << 12
 _CHUNK = 1 << 18
+
+_DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
@@ -31,32 +34,39 @@ def flat(tensor: Tensor) -> Tensor:
 def tensor_norms(tensors: list[Tensor]) -> Tensor:
     """Return the L2 norm of each dense tensor, float32 ``[len(tensors)]``, where the first is."""
     home = tensors[0].device
-    if all(tensor.device == home for tensor in tensors):
-        return torch.stack(_on_one_device(tensors))
+    devices = set(map(_DEVICE, tensors))
+    if len(devices) == 1:
+        return torch.stack(list(_on_one_device(tensors)))
     norms: list[Tensor] = [tensors[0]] * len(tensors)
-    for device in {tensor.device for tensor in tensors}:
+    for device in devices:
         where = [i for i, tensor in enumerate(tensors) if tensor.device == device]
         for i, norm in zip(where, _on_one_device([tensors[i] for i in where]), strict=True):
             norms[i] = norm.to(home, non_blocking=True)
     return torch.stack(norms)
 
 
-def _on_one_device(tensors: list[Tensor]) -> list[Tensor]:
-    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+def _on_one_device(tensors: list[Tensor]) -> Sequence[Tensor]:
+    dtypes = set(map(_DTYPE, tensors))
+    if any(dtype.is_complex for dtype in dtypes):
+        tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     if tensors[0].device.type != "cpu":
-        return list(torch._foreach_norm(tensors, 2, torch.float32))
-    short = [i for i, t in enumerate(tensors) if t.numel() <= _SHORT.get(t.dtype, _SHORT_OTHER)]
-    if len(short) == len(tensors):
+        return torch._foreach_norm(tensors, 2, torch.float32)
+    limit = _SHORT if dtypes == {torch.float32} else _SHORT_OTHER
+    sizes = list(map(Tensor.numel, tensors))
+    if max(sizes) <= limit:
         return _short_norms(tensors)
-    quick = iter(_short_norms([tensors[i] for i in short]) if short else ())
-    is_short = set(short)
-    return [next(quick) if i in is_short else _long_norm(t) for i, t in enumerate(tensors)]
+    short = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size <= limit]
+    quick = iter(_short_norms(short) if short else ())
+    return [
+        next(quick) if size <= limit else _long_norm(tensor)
+        for tensor, size in zip(tensors, sizes, strict=True)
+    ]
 
 
-def _short_norms(tensors: list[Tensor]) -> list[Tensor]:
+def _short_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     if all(t.dtype is torch.float32 for t in tensors):
-        return list(torch._foreach_norm(tensors))
-    return [norm.float() for norm in torch._foreach_norm([t.float() for t in tensors])]
+        return torch._foreach_norm(tensors)
+    return torch._foreach_norm([t.float() for t in tensors])
 
 
 def _long_norm(tensor: Tensor) -> Tensor:

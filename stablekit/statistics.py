@@ -285,9 +285,9 @@ class GrowingQuantile:
             heapq.heappush(self._high, -heapq.heappop(self._low))
 
     def values(self) -> Tensor:
-        """Return everything seen as a float32 vector, in no particular order."""
+        """Return everything seen as a float32 vector, in ascending order."""
         seen = torch.tensor([*(-x for x in self._low), *self._high], dtype=torch.float32)
-        return torch.cat([torch.zeros(self._zeros), seen])
+        return torch.cat([torch.zeros(self._zeros), seen.sort().values])
 
     def load(self, values: Tensor) -> None:
         """Continue from values, in any order."""

@@ -1,0 +1,319 @@
+"""The checks themselves: each takes a factory and raises AssertionError with what is wrong."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - the documented way in
+
+from stablekit import attach, only
+from stablekit.errors import StateError
+from stablekit.hookspecs import Plugin, hooks_of
+from stablekit.testing._runs import NanGuard, TinyRun
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from stablekit.testing._runs import Factory
+
+_WRITING = {"transform_gradients", "before_update", "after_update"}
+_FAULTS: dict[str, Any] = {"nan_at": (2, 9), "inf_at": (4,), "spike_at": (6,), "none_at": (3, 7)}
+
+
+def check_plugin(factory: Factory) -> None:
+    """Run every check on the plugins that ``factory()`` makes.
+
+    Raises:
+        AssertionError: The first broken promise, in words.
+    """
+    for check in CHECKS:
+        check(factory)
+
+
+def check_has_a_name_and_a_summary(factory: Factory) -> None:
+    """A plugin has a name, at least one hook, and a docstring whose first line sums it up."""
+    plugin = factory()
+    _require(isinstance(plugin, Plugin) and bool(plugin.name), "a plugin needs a name")
+    _require(bool(hooks_of(plugin)), "no method is marked with stablekit.hookimpl")
+    _require(bool((type(plugin).__doc__ or "").strip()), "the class has no docstring")
+
+
+def check_detach_leaves_no_trace(factory: Factory) -> None:
+    """After ``detach()`` the optimizer holds exactly what it held before."""
+    run = TinyRun(optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    before = dict(vars(run.optimizer))
+    with attach(run.optimizer, factory(), model=run.model):
+        run.go(3)
+    _require(vars(run.optimizer).keys() == before.keys(), "an attribute was left behind")
+    left = [name for name, value in vars(run.optimizer).items() if "hooks" in name and value]
+    _require(not left, f"hooks were left behind in {left}")
+
+
+def check_dry_run_changes_nothing(factory: Factory) -> None:
+    """With ``dry_run=True`` training is bit-identical to training without the plugin."""
+    bare = TinyRun(spike_at=(6,)).go(12)
+    watched = TinyRun(factory(), spike_at=(6,), dry_run=True).go(12)
+    _same(watched.weights(), bare.weights(), "a dry run changed the weights")
+
+
+def check_observer_changes_nothing(factory: Factory) -> None:
+    """A plugin without a writing hook leaves training bit-identical."""
+    if _WRITING & set(hooks_of(factory())):
+        return
+    bare = TinyRun(spike_at=(6,)).go(12)
+    watched = TinyRun(factory(), spike_at=(6,)).go(12)
+    _same(watched.weights(), bare.weights(), "an observer changed the weights")
+
+
+def check_missing_gradients_are_tolerated(factory: Factory) -> None:
+    """Parameters without gradient, in some steps or in all, disturb nothing."""
+    run = TinyRun(factory(), none_at=(0, 1, 4)).go(8)
+    run.optimizer.zero_grad()
+    run.optimizer.step()
+    _finite(run.weights(), "a missing gradient made a weight non-finite")
+
+
+def check_faults_leave_all_finite(factory: Factory) -> None:
+    """Behind a guard, NaN and Inf gradients reach neither weights nor any state."""
+    run = TinyRun(NanGuard(), factory(), **_FAULTS).go(14)
+    _finite(run.weights(), "a fault reached the weights")
+    _finite(_tensors(run.state()), "a fault reached the optimizer's state")
+    _finite(_tensors(run.plugin_state(), nan_only=True), "a fault reached the plugin's state")
+
+
+def check_unguarded_faults_stay_out_of_state(factory: Factory) -> None:
+    """Even without a guard no statistic becomes NaN."""
+    run = TinyRun(factory(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **_FAULTS).go(14)
+    _finite(_tensors(run.plugin_state(), nan_only=True), "a fault reached the plugin's state")
+
+
+def check_skipped_step_moves_no_statistic(factory: Factory) -> None:
+    """In a skipped step the state of a plugin that does not decide about skipping stands still."""
+    plugin = factory()
+    if {"observe_gradients", "on_skip", "on_event", "on_step_end"} & set(hooks_of(plugin)):
+        return
+    run = TinyRun(NanGuard(), plugin, nan_at=(5,)).go(5)
+    before = run.plugin_state()[plugin.name]
+    run.go(1)
+    _equal(run.plugin_state()[plugin.name], before, f"{plugin.name} moved in a skipped step")
+
+
+def check_state_survives_a_checkpoint(factory: Factory) -> None:
+    """A run resumed from a saved checkpoint is bit-identical to one that went on."""
+    straight = TinyRun(factory(), spike_at=(6,), none_at=(3,)).go(9)
+    buffer = io.BytesIO()
+    torch.save([straight.optimizer.state_dict(), straight.model.state_dict()], buffer)
+    straight.go(6)
+    buffer.seek(0)
+    optimizer, model = torch.load(buffer, weights_only=True)
+    resumed = TinyRun(factory(), spike_at=(6,), none_at=(3,))
+    resumed.model.load_state_dict(model)
+    resumed.optimizer.load_state_dict(optimizer)
+    resumed.step = 9
+    resumed.go(6)
+    _same(resumed.weights(), straight.weights(), "a resumed run went another way")
+    _equal(resumed.plugin_state(), straight.plugin_state(), "state differs after resuming")
+
+
+def check_bad_state_is_refused(factory: Factory) -> None:
+    """A state that is not one raises StateError and changes nothing."""
+    run = TinyRun(factory()).go(4)
+    assert run.session is not None
+    good = run.session.state_dict()
+    for name, entry in good["plugins"].items():
+        bad = {**good, "plugins": {name: {**entry, "state": {"no such field": 1}}}}
+        try:
+            run.session.load_state_dict(bad)
+        except StateError:
+            _equal(run.session.state_dict(), good, "a refused state changed something")
+        else:
+            raise AssertionError(f"{name} took a state with an unknown field")
+
+
+def check_closure_counts_once(factory: Factory) -> None:
+    """Statistics advance once in a step whose closure is evaluated several times."""
+    if "observe_gradients" in hooks_of(factory()):
+        return
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]  # noqa: ANN401 - as torch
+            with torch.enable_grad():
+                closure()
+                return closure()
+
+    def train(make: Callable[[Any], torch.optim.Optimizer]) -> TinyRun:
+        run = TinyRun(factory(), optimizer=make)
+
+        def closure() -> Tensor:
+            run.optimizer.zero_grad()
+            loss = run.loss()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            run.optimizer.step(closure)  # type: ignore[arg-type]  # a tensor, as torch takes it
+            run.step += 1
+        return run
+
+    once = train(lambda params: torch.optim.SGD(params, lr=0.0))
+    twice = train(lambda params: Twice(params, lr=0.0))
+    _equal(twice.plugin_state(), once.plugin_state(), "a second evaluation moved a statistic")
+
+
+def check_half_precision_works(factory: Factory) -> None:
+    """bf16 parameters and gradients are taken as they are."""
+    run = TinyRun(NanGuard(), factory(), dtype=torch.bfloat16, spike_at=(4,)).go(8)
+    _finite(run.weights(), "bf16 weights became non-finite")
+
+
+def check_restriction_is_kept(factory: Factory) -> None:
+    """Under ``only(...)`` other parameters train as if the plugin were not there."""
+
+    def sgd(params: Any) -> torch.optim.Optimizer:  # noqa: ANN401 - as torch
+        return torch.optim.SGD(params, lr=0.01)
+
+    bare = TinyRun(optimizer=sgd, spike_at=(0,)).go(1)
+    limited = TinyRun(only(factory(), include="0.*"), optimizer=sgd, spike_at=(0,)).go(1)
+    _same(limited.weights()[2:], bare.weights()[2:], "a parameter outside only(...) was changed")
+
+
+def check_device_mode_decides_alike(factory: Factory) -> None:
+    """Device mode gives the weights and the state of host mode to 1e-6."""
+
+    def fused(params: Any) -> torch.optim.Optimizer:  # noqa: ANN401 - as torch
+        return torch.optim.AdamW(params, lr=0.01, fused=True)
+
+    runs = [
+        TinyRun(
+            NanGuard(), factory(), optimizer=fused, spike_at=(6,), nan_at=(8,), device_mode=mode
+        ).go(12)
+        for mode in (False, True)
+    ]
+    for ours, theirs in zip(*(run.weights() for run in runs), strict=True):
+        close = torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        _require(close, "device mode and host mode gave different weights")
+
+
+def check_device_mode_reads_no_host_value(factory: Factory) -> None:
+    """Between two log points a device-mode step never waits for a value on the host."""
+    if "observe_gradients" in hooks_of(factory()):
+        optimizer: Callable[[Any], torch.optim.Optimizer] = _FusedSGD
+    else:
+        optimizer = _PlainSGD
+    run = TinyRun(factory(), optimizer=optimizer, device_mode=True, log_every=0)
+    run.go(2)
+    for _ in range(3):
+        run.optimizer.zero_grad()
+        run.loss().backward()
+        with _HostReads() as reads:
+            run.optimizer.step()
+        _require(not reads.seen, f"a value was read on the host {len(reads.seen)} times in a step")
+
+
+class _PlainSGD(torch.optim.Optimizer):
+    """An optimizer that itself reads nothing on the host."""
+
+    def __init__(self, params: Any) -> None:  # noqa: ANN401 - as torch
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_add_(params, [p.grad for p in params], alpha=-0.01)
+
+
+class _FusedSGD(_PlainSGD):
+    """The same, saying of itself what fused optimizers say."""
+
+    _step_supports_amp_scaling = True
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts the operations by which a tensor's value reaches the host."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch is not annotated here
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - as torch
+        types: Any,  # noqa: ANN401 - as torch
+        args: Any = (),  # noqa: ANN401 - as torch
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - as torch
+        if "_local_scalar_dense" in str(func):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+CHECKS: tuple[Callable[[Factory], None], ...] = (
+    check_has_a_name_and_a_summary,
+    check_detach_leaves_no_trace,
+    check_dry_run_changes_nothing,
+    check_observer_changes_nothing,
+    check_missing_gradients_are_tolerated,
+    check_faults_leave_all_finite,
+    check_unguarded_faults_stay_out_of_state,
+    check_skipped_step_moves_no_statistic,
+    check_state_survives_a_checkpoint,
+    check_bad_state_is_refused,
+    check_closure_counts_once,
+    check_half_precision_works,
+    check_restriction_is_kept,
+    check_device_mode_decides_alike,
+    check_device_mode_reads_no_host_value,
+)
+"""Every check, in the order in which a new plugin is best made to pass them."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _same(ours: list[Tensor], theirs: list[Tensor], message: str) -> None:
+    pairs = zip(ours, theirs, strict=True)
+    _require(all(torch.equal(a, b) for a, b in pairs), message)
+
+
+def _equal(ours: Any, theirs: Any, message: str) -> None:  # noqa: ANN401 - any plain state
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        _require(torch.equal(ours, theirs), message)
+    elif isinstance(ours, dict) and isinstance(theirs, dict):
+        _require(ours.keys() == theirs.keys(), message)
+        for key in ours:
+            _equal(ours[key], theirs[key], f"{message}: {key}")
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        _require(len(ours) == len(theirs), message)
+        for a, b in zip(ours, theirs, strict=True):
+            _equal(a, b, message)
+    else:
+        _require(ours == theirs, f"{message}: {ours!r} is not {theirs!r}")
+
+
+def _tensors(value: Any, *, nan_only: bool = False) -> list[Tensor]:  # noqa: ANN401 - any plain state
+    """Collect every number and tensor in nested state; infinite "not seen yet" marks may pass."""
+    if isinstance(value, Tensor):
+        found = [value.float()]
+    elif isinstance(value, float):
+        found = [torch.tensor(value)]
+    elif isinstance(value, dict):
+        found = [t for item in value.values() for t in _tensors(item)]
+    elif isinstance(value, list):
+        found = [t for item in value for t in _tensors(item)]
+    else:
+        found = []
+    return (
+        [torch.nan_to_num(t, nan=math.nan, posinf=0.0, neginf=0.0) for t in found]
+        if (nan_only)
+        else found
+    )
+
+
+def _finite(tensors: list[Tensor], message: str) -> None:
+    _require(all(bool(tensor.isfinite().all()) for tensor in tensors), message)
