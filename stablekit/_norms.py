@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 # torch's CPU norm loses digits with length (3e-3 at 40M elements) and is slow for half types; up to
 # these sizes it is both exact and the fastest call there is.
 _SHORT = 1 << 16
 _SHORT_OTHER = 1 << 12
 _ROW = 1 << 12
+_WORTH_A_COPY = 4
 _CHUNK = 1 << 18
 
 _DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
@@ -36,37 +38,61 @@ def tensor_norms(tensors: list[Tensor]) -> Tensor:
     home = tensors[0].device
     devices = set(map(_DEVICE, tensors))
     if len(devices) == 1:
-        return torch.stack(list(_on_one_device(tensors)))
-    norms: list[Tensor] = [tensors[0]] * len(tensors)
+        return _on_one_device(tensors)
+    norms = torch.zeros(len(tensors), device=home)
     for device in devices:
         where = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        for i, norm in zip(where, _on_one_device([tensors[i] for i in where]), strict=True):
-            norms[i] = norm.to(home, non_blocking=True)
-    return torch.stack(norms)
+        read = _on_one_device([tensors[i] for i in where]).to(home, non_blocking=True)
+        norms = norms.index_copy(0, torch.tensor(where, device=home), read)
+    return norms
 
 
-def _on_one_device(tensors: list[Tensor]) -> Sequence[Tensor]:
+def _on_one_device(tensors: list[Tensor]) -> Tensor:
     dtypes = set(map(_DTYPE, tensors))
     if any(dtype.is_complex for dtype in dtypes):
         tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     if tensors[0].device.type != "cpu":
-        return torch._foreach_norm(tensors, 2, torch.float32)
-    limit = _SHORT if dtypes == {torch.float32} else _SHORT_OTHER
-    sizes = list(map(Tensor.numel, tensors))
-    if max(sizes) <= limit:
-        return _short_norms(tensors)
-    short = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size <= limit]
-    quick = iter(_short_norms(short) if short else ())
-    return [
-        next(quick) if size <= limit else _long_norm(tensor)
-        for tensor, size in zip(tensors, sizes, strict=True)
-    ]
+        return torch.stack(torch._foreach_norm(tensors, 2, torch.float32))
+    sizes, dims = tuple(map(Tensor.numel, tensors)), tuple(map(Tensor.dim, tensors))
+    plan = _plan(sizes, dims, _SHORT if dtypes == {torch.float32} else _SHORT_OTHER)
+    parts = [_row_norms([tensors[i] for i in row]) for row in plan.rows]
+    if plan.short:
+        short = [tensors[i] for i in plan.short]
+        if dtypes != {torch.float32}:
+            short = [tensor.float() for tensor in short]
+        parts.append(torch.stack(torch._foreach_norm(short)))
+    if plan.long:
+        parts.append(torch.stack([_long_norm(tensors[i]) for i in plan.long]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[plan.order]
 
 
-def _short_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    if all(t.dtype is torch.float32 for t in tensors):
-        return torch._foreach_norm(tensors)
-    return torch._foreach_norm([t.float() for t in tensors])
+class _Plan(NamedTuple):
+    """How tensors of known sizes are best read; positions, and how to put results in order."""
+
+    rows: list[list[int]]
+    short: list[int]
+    long: list[int]
+    order: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(sizes: tuple[int, ...], dims: tuple[int, ...], limit: int) -> _Plan:
+    """Join vectors of one length: as rows of a matrix their norms are one call, not many."""
+    by_size: dict[int, list[int]] = {}
+    for i, (size, dim) in enumerate(zip(sizes, dims, strict=True)):
+        if dim == 1 and 0 < size <= _ROW:
+            by_size.setdefault(size, []).append(i)
+    rows = [row for row in by_size.values() if len(row) >= _WORTH_A_COPY]
+    joined = {i for row in rows for i in row}
+    alone = [i for i in range(len(sizes)) if i not in joined]
+    short = [i for i in alone if sizes[i] <= limit]
+    long = [i for i in alone if sizes[i] > limit]
+    together = [i for row in rows for i in row] + short + long
+    return _Plan(rows, short, long, torch.tensor(together).argsort())
+
+
+def _row_norms(vectors: list[Tensor]) -> Tensor:
+    return vector_norm(torch.cat(vectors).float().view(len(vectors), -1), dim=1)
 
 
 def _long_norm(tensor: Tensor) -> Tensor:
