@@ -1,0 +1,120 @@
+"""The commands and their options; what they do is imported when they run."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="stablekit",
+    help="Plugin-based optimizer and training-stability middleware for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+FAILED_CHECK = 1
+USAGE_ERROR = 2
+
+
+class WorkloadName(str, Enum):
+    """Training jobs of the demo."""
+
+    shards = "shards"
+    rnn = "rnn"
+    digits = "digits"
+
+
+@app.command()
+def demo(
+    workload: Annotated[
+        WorkloadName,
+        typer.Option(
+            help="shards: transformer on Python's own files, some of them compiled; rnn: exploding "
+            "gradients of a character RNN; digits: late loss spikes of Adam."
+        ),
+    ] = WorkloadName.shards,
+    steps: Annotated[
+        int | None, typer.Option(min=10, help="Steps per arm. Default: as the workload needs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Initial weights and order of the data.")] = 0,
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: none, clip, plugin names with keywords "
+            "(autoclip:percentile=50), chains joined with + (global-norm+autoclip)."
+        ),
+    ] = "none,clip,zclip,autoclip,adagc",
+    guard: Annotated[
+        bool,
+        typer.Option(help="Put nonfinite-guard in front of every chain of plugins without one."),
+    ] = True,
+    out: Annotated[
+        Path, typer.Option(help="Folder for chart, figures and TensorBoard logs.", file_okay=False)
+    ] = Path("runs/demo"),
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads of torch; the models are too small for many.")
+    ] = 1,
+) -> None:
+    """Train one unstable job under several protections and compare them.
+
+    Exits with 1 if a protected arm did not skip the injected NaN or did not finish finite.
+    """
+    import torch
+
+    from stablekit_cli.demo._run import UsageError, run_demo
+
+    torch.set_num_threads(threads)
+    try:
+        passed = run_demo(workload.value, steps, seed, arms, guard, out, _console())
+    except UsageError as error:
+        _refuse(str(error))
+    if not passed:
+        typer.echo("stablekit demo: a protected arm failed its check (see above)", err=True)
+        raise typer.Exit(FAILED_CHECK)
+
+
+@app.command()
+def plugins(
+    json: Annotated[bool, typer.Option("--json", help="As JSON instead of a table.")] = False,
+) -> None:
+    """List the installed plugins."""
+    from stablekit_cli._catalogue import as_json, as_table
+
+    if json:
+        typer.echo(as_json())
+    else:
+        _console().print(as_table())
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Name of a plugin, e.g. zclip.")]) -> None:
+    """Describe one plugin: constructor, defaults, paper, hooks, cost."""
+    from stablekit_cli._catalogue import UnknownNameError, describe
+
+    try:
+        description = describe(name)
+    except UnknownNameError as error:
+        _refuse(str(error))
+    typer.echo(description)
+
+
+def _console() -> Console:
+    """Return a console wide enough for the tables where no terminal says otherwise."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"stablekit: {message}", err=True)
+    raise typer.Exit(USAGE_ERROR)

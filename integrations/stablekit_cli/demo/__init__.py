@@ -1,0 +1,1 @@
+"""``stablekit demo``: one unstable training run, repeated under different protections."""

@@ -1,0 +1,173 @@
+"""How an arm protects a run; the only module of the demo that calls stablekit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+import stablekit
+from stablekit.errors import StablekitError
+from stablekit_cli.demo._arms import CLIP, PRESET, Arm, ArmError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Incident", "Protection", "Reading", "Stopped", "check", "plugin_names", "protect"]
+
+MAX_NORM = 1.0
+"""Threshold of the arm ``clip``."""
+
+
+class Stopped(RuntimeError):
+    """The protection ended the run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something the protection reported about one step."""
+
+    kind: str
+    message: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an arm knows about the step it has just made."""
+
+    grad_norm: float
+    threshold: float | None = None
+    """Gradient norm above which the arm clips, where it has one."""
+    clipped: float = 0.0
+    """Fraction of the tensors that were clipped; 0 or 1 for a threshold on the global norm."""
+    skipped: bool = False
+    incidents: tuple[Incident, ...] = ()
+
+
+class Protection(Protocol):
+    """One step of an optimizer under an arm."""
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Update the parameters from their gradients: the part whose time is measured."""
+
+    def reading(self) -> Reading:
+        """Return what happened in that step; not timed."""
+
+
+class Plain:
+    """No protection."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._parameters = list(model.parameters())
+        self._optimizer = optimizer
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Step."""
+        self._optimizer.step()
+
+    def reading(self) -> Reading:
+        """Return the norm of the gradients, which a plain step leaves as they were."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return Reading(torch.nn.utils.get_total_norm(gradients).item())
+
+
+class TorchClip:
+    """torch's own ``clip_grad_norm_``, as in most training loops."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._parameters = list(model.parameters())
+        self._optimizer = optimizer
+        self._norm = torch.zeros(())
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Clip, then step."""
+        self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, MAX_NORM)
+        self._optimizer.step()
+
+    def reading(self) -> Reading:
+        """Return the norm before clipping."""
+        norm = self._norm.item()
+        return Reading(norm, MAX_NORM, float(norm > MAX_NORM))
+
+
+class Wrapped:
+    """An optimizer with stablekit attached: the loop only reports its loss."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, chain: tuple[str, ...]
+    ) -> None:
+        self._session = stablekit.attach(optimizer, *chain, model=model, log_every=1)
+        self._optimizer = optimizer
+        self._skipped = 0.0
+        self._last_event: object = None
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Observe the loss, then step.
+
+        Raises:
+            Stopped: A plugin refused to go on.
+        """
+        self._session.observe(loss=loss)
+        try:
+            self._optimizer.step()
+        except StablekitError as error:
+            raise Stopped(str(error)) from error
+
+    def reading(self) -> Reading:
+        """Return the session's metrics and what it has emitted since the last reading."""
+        metrics = self._session.metrics()
+        before, self._skipped = self._skipped, metrics["steps_skipped"]
+        skipped = self._skipped > before
+        clipped = [value for key, value in metrics.items() if key.endswith("/clipped")]
+        return Reading(
+            grad_norm=metrics["grad_norm"],
+            threshold=_smallest(metrics, "/threshold"),
+            # A skipped step runs no clipper, so its metrics are those of the step before.
+            clipped=0.0 if skipped else max(clipped, default=0.0),
+            skipped=skipped,
+            incidents=self._news(),
+        )
+
+    def _news(self) -> tuple[Incident, ...]:
+        fresh = []
+        for event in reversed(self._session.events):
+            if event is self._last_event:
+                break
+            fresh.append(event)
+        if fresh:
+            self._last_event = fresh[0]
+        return tuple(Incident(e.kind, e.message, tuple(e.tensors)) for e in reversed(fresh))
+
+
+def plugin_names() -> list[str]:
+    """Return the names that an arm may give to stablekit."""
+    return [*sorted(stablekit.available()), PRESET]
+
+
+def protect(arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer) -> Protection:
+    """Attach an arm to an optimizer."""
+    if arm.protected:
+        return Wrapped(model, optimizer, arm.chain)
+    return (TorchClip if arm.label == CLIP else Plain)(model, optimizer)
+
+
+def check(arm: Arm) -> None:
+    """Build the arm once on a throw-away parameter, so that a bad keyword is found at once.
+
+    Raises:
+        ArmError: stablekit does not accept the arm.
+    """
+    model = torch.nn.Linear(1, 1)
+    try:
+        protect(arm, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    except (StablekitError, ValueError, TypeError) as error:
+        raise ArmError(f"arm {arm.label!r}: {error}") from error
+
+
+def _smallest(metrics: dict[str, float], suffix: str) -> float | None:
+    """Return the smallest finite metric of that name: of several clippers, the one that binds."""
+    values = [value for key, value in metrics.items() if key.endswith(suffix)]
+    return min((value for value in values if math.isfinite(value)), default=None)

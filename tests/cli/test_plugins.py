@@ -1,0 +1,76 @@
+"""``stablekit plugins`` and ``stablekit show`` say what the catalogue says."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import stablekit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typer.testing import Result
+
+
+def test_json_equals_the_catalogue(run: Callable[..., Result]) -> None:
+    known = stablekit.available()
+    listed = {one["name"]: one for one in json.loads(run("plugins", "--json").stdout)}
+
+    assert list(listed) == list(known)
+    for name, info in known.items():
+        for field in fields(info):
+            if field.name not in {"parameters", "hooks"}:
+                assert listed[name][field.name] == getattr(info, field.name)
+        assert listed[name]["hooks"] == list(info.hooks)
+        assert list(listed[name]["parameters"]) == list(info.parameters)
+
+
+def test_json_names_the_required_parameters(run: Callable[..., Result]) -> None:
+    listed = {one["name"]: one for one in json.loads(run("plugins", "--json").stdout)}
+
+    for name, info in stablekit.available().items():
+        empty = inspect.Parameter.empty
+        assert listed[name]["required"] == [k for k, v in info.parameters.items() if v is empty]
+    assert listed["clip-value"]["required"] == ["limit"]
+
+
+def test_table_has_every_plugin(run: Callable[..., Result]) -> None:
+    printed = run("plugins").stdout
+
+    for name, info in stablekit.available().items():
+        assert name in printed
+        assert info.version in printed
+
+
+def test_show_prints_the_constructor_with_its_defaults(run: Callable[..., Result]) -> None:
+    done = run("show", "zclip")
+
+    assert done.exit_code == 0
+    constructor = next(line for line in done.stdout.splitlines() if "ZClip(" in line)
+    for key, default in stablekit.available()["zclip"].parameters.items():
+        assert f"{key}={default!r}" in constructor
+
+
+def test_show_prints_paper_hooks_and_cost(run: Callable[..., Result]) -> None:
+    printed = run("show", "zclip").stdout
+
+    assert "2504.02507" in printed
+    assert "Hooks\n  transform_gradients" in printed
+    assert "Cost of a step\n  one read of the gradients" in printed
+
+
+def test_every_plugin_can_be_shown(run: Callable[..., Result]) -> None:
+    for name in stablekit.available():
+        assert run("show", name).exit_code == 0, name
+
+
+def test_unknown_name_exits_2_with_the_nearest_and_the_known(run: Callable[..., Result]) -> None:
+    done = run("show", "zclp")
+
+    assert done.exit_code == 2
+    assert "did you mean zclip?" in done.stderr
+    assert "nonfinite-guard" in done.stderr
+    assert "Traceback" not in done.stderr
