@@ -78,6 +78,8 @@ def attach(
     optimizers = [innermost(one) for one in given]
     for one in optimizers:
         _refuse_second(one)
+    if len({id(one) for one in optimizers}) < len(optimizers):
+        raise AttachError("an optimizer is in the list twice; list each of them once")
     seats = Seats(resolve(plugins))
     _warn_of_lost_state(optimizers, seats)
     return Session(
@@ -172,7 +174,7 @@ def _refuse_second(optimizer: Optimizer) -> None:
 
 def _warn_of_lost_state(optimizers: list[Optimizer], seats: Seats) -> None:
     has_state = any(getattr(plugin, "state_dict", None) for plugin in seats.by_name.values())
-    if has_state and any(optimizer.state for optimizer in optimizers):
+    if has_state and any(_has_stepped(optimizer) for optimizer in optimizers):
         warnings.warn(
             "the optimizer already has state, but plugins start afresh: a checkpoint loaded before"
             " attach() has lost its plugin state. Attach first and call optimizer.load_state_dict"
@@ -180,3 +182,11 @@ def _warn_of_lost_state(optimizers: list[Optimizer], seats: Seats) -> None:
             StateWarning,
             stacklevel=3,
         )
+
+
+def _has_stepped(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer has state of a run; Adagrad makes some before its first step."""
+    return any(
+        not isinstance(state, dict) or float(state.get("step", 1)) > 0
+        for state in optimizer.state.values()
+    )

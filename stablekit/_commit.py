@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stablekit._ledger import over_units
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -18,15 +16,15 @@ if TYPE_CHECKING:
 def commit(ledger: Ledger) -> None:
     """Multiply the gradients by everything pending, and by the inverse loss scale if any."""
     factor = _with_unscale(ledger)
-    for i, units in _acting_units(ledger):
-        data = ledger.data[i]
-        assert data is not None
-        data.mul_(over_units(units, data))
+    by_units = _acting_units(ledger)
+    for i in by_units:
+        _multiply_units_(ledger, i, factor)
+    rest = [i for i in ledger.memory.held if i not in by_units] if by_units else ledger.memory.held
     if factor is not None and factor.ndim == 0:
         if not ledger.host or factor != 1:
-            multiply_(_held(ledger, ledger.held), factor)
+            multiply_(_local(ledger, rest), factor)
     elif factor is not None:
-        _multiply_each_(ledger, factor)
+        _multiply_each_(ledger, rest, factor)
     ledger.was_written()
 
 
@@ -40,34 +38,36 @@ def multiply_(tensors: list[Tensor], factor: Tensor) -> None:
 
 
 def _with_unscale(ledger: Ledger) -> Tensor | None:
-    if ledger.unscale is None:
+    unscale = ledger.memory.unscale
+    if unscale is None:
         return ledger.factor
-    return ledger.unscale if ledger.factor is None else ledger.factor * ledger.unscale
+    return unscale if ledger.factor is None else ledger.factor * unscale
 
 
-def _multiply_each_(ledger: Ledger, factor: Tensor) -> None:
-    acting: Iterable[int] = ledger.held
+def _multiply_units_(ledger: Ledger, i: int, factor: Tensor | None) -> None:
+    """Multiply the units of one tensor by their own factors and by what holds for all of it."""
+    units = ledger.unit_factors[i]
+    if factor is not None:
+        units = units * (factor if factor.ndim == 0 else factor[i])
+    ledger.memory.local(i).mul_(ledger.memory.over_units(units, i))
+
+
+def _multiply_each_(ledger: Ledger, positions: Iterable[int], factor: Tensor) -> None:
     if ledger.host:
         values = factor.tolist()
-        acting = [i for i in ledger.held if values[i] != 1]
-    factors = factor.unbind()
-    for device, where in _positions_by_device(ledger, acting).items():
-        torch._foreach_mul_(
-            _held(ledger, where), [factors[i].to(device, non_blocking=True) for i in where]
-        )
+        positions = [i for i in positions if values[i] != 1]
+    for device, where in _positions_by_device(ledger, positions).items():
+        factors = factor[ledger.layout.subset(tuple(where))].to(device, non_blocking=True)
+        torch._foreach_mul_(_local(ledger, where), list(factors.unbind()))
 
 
-def _acting_units(ledger: Ledger) -> list[tuple[int, Tensor]]:
-    """Return the tensors whose unit factors are not all 1; all of them where that is unknown."""
-    items = list(ledger.unit_factors.items())
-    if not items or not ledger.host:
-        return items
-    lowest = torch.stack([(units != 1).any().to(ledger.layout.device) for _, units in items])
-    return [item for item, acts in zip(items, lowest.tolist(), strict=True) if acts]
+def _acting_units(ledger: Ledger) -> set[int]:
+    """Return the tensors here that have unit factors; on the host those are not all 1."""
+    return {i for i in ledger.unit_factors if ledger.memory.data[i] is not None}
 
 
-def _held(ledger: Ledger, indices: Iterable[int]) -> list[Tensor]:
-    return [data for data in (ledger.data[i] for i in indices) if data is not None]
+def _local(ledger: Ledger, positions: Iterable[int]) -> list[Tensor]:
+    return [ledger.memory.local(i) for i in positions]
 
 
 def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
@@ -77,10 +77,8 @@ def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
     return groups
 
 
-def _positions_by_device(ledger: Ledger, indices: Iterable[int]) -> dict[torch.device, list[int]]:
+def _positions_by_device(ledger: Ledger, positions: Iterable[int]) -> dict[torch.device, list[int]]:
     groups: dict[torch.device, list[int]] = {}
-    for i in indices:
-        data = ledger.data[i]
-        if data is not None:
-            groups.setdefault(data.device, []).append(i)
+    for i in positions:
+        groups.setdefault(ledger.memory.local(i).device, []).append(i)
     return groups

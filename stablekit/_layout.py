@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from stablekit._sharding import shard_groups
+from stablekit._sharding import Span, is_dtensor, rows_here, spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import nn
-    from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
 _CACHED = 64
@@ -35,22 +34,30 @@ class Layout:
     """What stays the same from step to step while the parameters stay the same objects."""
 
     def __init__(self, params: list[Tensor], names: tuple[str, ...], groups: list[int]) -> None:
-        """Sort the parameters by the process groups that share them."""
+        """Find out which parameters are cut over which ranks."""
         self.names = names
         self.groups = groups
         self.device = params[0].device if params else torch.device("cpu")
         self.everywhere = tuple(range(len(params)))
         self.everyone = torch.ones(len(params), dtype=torch.bool, device=self.device)
-        by_groups: dict[tuple[ProcessGroup, ...], list[int]] = {}
-        for i, param in enumerate(params):
-            by_groups.setdefault(shard_groups(param), []).append(i)
-        by_groups.pop((), None)
-        self.shards = [
-            (groups, torch.tensor(index, device=self.device)) for groups, index in by_groups.items()
-        ]
+        self.on_mesh = frozenset(i for i, param in enumerate(params) if is_dtensor(param))
+        self.spans = spans_of(params)
         self._subsets: dict[tuple[int, ...], Tensor] = {}
         self._names: dict[tuple[int, ...], tuple[str, ...]] = {}
-        self._masks: dict[tuple[int, ...], Tensor] = {tuple(range(len(params))): self.everyone}
+        self._masks: dict[tuple[int, ...], Tensor] = {self.everywhere: self.everyone}
+        self._rows: dict[int, Tensor | None] = {}
+
+    @property
+    def world_span(self) -> Span | None:
+        """The span that is all ranks there are, so that a mean over it is the global mean."""
+        return next((span for span in self.spans if span.is_world), None)
+
+    def rows(self, i: int, param: Tensor) -> Tensor | None:
+        """Return which rows of parameter i this rank holds, None for all of them; found once."""
+        if i not in self._rows:
+            rows = rows_here(param)
+            self._rows[i] = rows if rows is None else rows.to(self.device)
+        return self._rows[i]
 
     def subset(self, index: tuple[int, ...]) -> Tensor:
         """Return positions as an index tensor on the device, made once."""
@@ -59,6 +66,13 @@ class Layout:
                 self._subsets.clear()
             self._subsets[index] = torch.tensor(index, dtype=torch.long, device=self.device)
         return self._subsets[index]
+
+    def others(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        """Return all positions but these."""
+        if not index:
+            return self.everywhere
+        left_out = set(index)
+        return tuple(i for i in self.everywhere if i not in left_out)
 
     def names_at(self, index: tuple[int, ...]) -> tuple[str, ...]:
         """Return the names at these positions, the same object every time."""
@@ -110,9 +124,11 @@ def _named(model: nn.Module) -> dict[int, str]:
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    result = []
+    result: dict[str, None] = {}
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return result
+        given, number = name, 1
+        while name in result:
+            number += 1
+            name = f"{given}#{number}"
+        result[name] = None
+    return list(result)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stablekit._sharding import all_reduce, is_world, world_size
+from stablekit._sharding import all_reduce, world_size
 
 if TYPE_CHECKING:
     from stablekit._layout import Layout
@@ -26,10 +26,16 @@ def is_shared() -> bool:
 
 
 def riders(losses: list[Tensor], layout: Layout) -> Tensor | None:
-    """Return the loss as a vector that can ride in the reduction of the norms, if it may."""
-    if not losses or len(layout.shards) != 1 or not is_world(layout.shards[0][0]):
+    """Return loss and 1, or 0 and 0, to ride in a reduction of norms over all ranks, if any.
+
+    A rank without a loss takes part too: the others would wait for it.
+    """
+    if layout.world_span is None:
         return None
-    return mean(losses).to(layout.device).view(1)
+    if not losses:
+        return torch.zeros(2, device=layout.device)
+    loss = mean(losses).to(layout.device)
+    return torch.stack([loss, torch.ones_like(loss)])
 
 
 def reduced(losses: list[Tensor]) -> Tensor | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_FULL = 4096
+
 
 @final
 class Mail:
@@ -27,12 +29,33 @@ class Mail:
         else:
             self._waiting.append((receive, tuple(tensor.detach() for tensor in tensors)))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits that it should be read although nobody asked."""
+        return len(self._waiting) >= _FULL
+
     def collect(self) -> None:
-        """Read everything that waits in one copy and deliver it in order."""
+        """Read everything that waits in one copy and deliver it in order.
+
+        A receiver that raises does not keep the later ones from their values: the first error comes
+        out when all have been called. What is on the meta device has no value and is dropped.
+        """
         waiting, self._waiting = self._waiting, []
+        waiting = [(call, tensors) for call, tensors in waiting if not any(map(_is_meta, tensors))]
         values = iter(to_host([tensor for _, tensors in waiting for tensor in tensors]))
-        for receive, tensors in waiting:
-            receive(*(next(values) for _ in tensors))
+        letters = [(receive, [next(values) for _ in tensors]) for receive, tensors in waiting]
+        errors: list[Exception] = []
+        for receive, numbers in letters:
+            try:
+                receive(*numbers)
+            except Exception as error:  # noqa: BLE001 - raised when all have been called
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    return tensor.is_meta
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Any]:

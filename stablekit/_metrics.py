@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from torch import Tensor
 
 from stablekit._mail import to_host
+
+if TYPE_CHECKING:
+    from stablekit.scalars import Flag
 
 
 @final
@@ -16,16 +19,25 @@ class Metrics:
     def __init__(self) -> None:
         """Start with no metric."""
         self._latest: dict[str, Tensor | float] = {}
-        self._clipped: dict[str, Tensor] = {}
+        self._clipped: dict[str, Tensor | float] = {}
 
     def record(self, name: str, value: Tensor | float) -> None:
         """Keep a value; tensors stay where they are."""
         self._latest[name] = value.detach() if isinstance(value, Tensor) else float(value)
 
-    def count_clipped(self, plugin: str, acted: Tensor) -> None:
+    def nothing_clipped(self) -> None:
+        """Say of a skipped step that no plugin clipped anything in it."""
+        for name in self._latest:
+            if name.endswith("/clipped"):
+                self._latest[name] = 0.0
+
+    def forget(self, name: str) -> None:
+        """Drop a value that does not hold for the latest step."""
+        self._latest.pop(name, None)
+
+    def count_clipped(self, plugin: str, acted: Flag) -> None:
         """Add a step to those in which a plugin clipped, where ``acted`` is true."""
-        before = self._clipped.get(plugin)
-        self._clipped[plugin] = acted.long() if before is None else before + acted
+        self._clipped[plugin] = self._clipped.get(plugin, 0) + acted
 
     def read(self) -> dict[str, float]:
         """Return plain floats, with one copy to the host for all tensors."""
@@ -38,9 +50,7 @@ class Metrics:
 
     def restore_clipped(self, counts: dict[str, int]) -> None:
         """Continue counting clipped steps from these numbers."""
-        from torch import tensor
-
-        self._clipped = {name: tensor(count) for name, count in counts.items()}
+        self._clipped = dict(counts)
 
 
 def _floats(values: dict[str, Tensor | float]) -> dict[str, float]:

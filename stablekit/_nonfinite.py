@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stablekit._sharding import all_reduce
+from stablekit._layout import parameters_of
 from stablekit.errors import NonFiniteError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.optim import Optimizer
+
     from stablekit._ledger import Ledger
     from stablekit._round import Round
 
@@ -22,10 +26,19 @@ def watch(moment: Round, ledger: Ledger) -> None:
     """Emit "nonfinite" where the global norm is NaN or infinite; on a device it arrives later."""
     total = ledger.raw_norm()
     if not moment.session.host:
+        total = torch.where(moment.ok, total, 0.0)  # what a GradScaler found has its own event
         moment.session.mail.send(partial(_report, moment, None), total, ledger.raw_norms())
-    elif not bool(total.isfinite()):
+    elif not math.isfinite(total.item()):
         has_infinite = _tensors_with_infinite_elements(ledger)
         _report(moment, has_infinite, total.item(), ledger.raw_norms().tolist())
+
+
+def is_in_any(moment: Round, optimizers: Sequence[Optimizer]) -> bool:
+    """Tell whether gradients of any of these optimizers are not finite; reads the host."""
+    own = {id(param) for param in parameters_of(optimizers)}
+    norms = [] if moment.ledger is None else moment.ledger.raw_norms().tolist()
+    pairs = zip(moment.params, norms, strict=False)
+    return any(id(param) in own and not math.isfinite(norm) for param, norm in pairs)
 
 
 def refuse(moment: Round, ledger: Ledger) -> None:
@@ -34,20 +47,24 @@ def refuse(moment: Round, ledger: Ledger) -> None:
     Raises:
         NonFiniteError: The global norm is NaN or infinite.
     """
-    if moment.session.host and not bool(ledger.raw_norm().isfinite()):
+    moment.session.mail.send(partial(_stop, moment.number, moment.evaluation), ledger.raw_norm())
+
+
+def _stop(number: int, evaluation: int, total: float) -> None:
+    if not math.isfinite(total):
         raise NonFiniteError(
-            f"evaluation {moment.evaluation + 1} of the closure in step {moment.number} has"
-            " gradients that are not finite; only the first evaluation of a step can be skipped."
+            f"evaluation {evaluation + 1} of the closure in step {number} has gradients that are"
+            f" not finite (norm {total}); only the first evaluation of a step can be skipped."
             " Lower the learning rate or bound the line search."
         )
 
 
 def _tensors_with_infinite_elements(ledger: Ledger) -> list[bool]:
     """Tell a real Inf from a norm that overflowed; agreed between the ranks that share a tensor."""
-    flags = [data is not None and bool(data.isinf().any()) for data in ledger.data]
+    flags = [data is not None and bool(data.isinf().any()) for data in ledger.memory.data]
     shared = torch.tensor(flags, dtype=torch.float32, device=ledger.layout.device)
-    for groups, index in ledger.layout.shards:
-        shared = shared.index_copy(0, index, all_reduce(shared[index], "max", groups))
+    for span in ledger.layout.spans:
+        shared = shared.index_copy(0, span.index, span.largest(shared[span.index]))
     return [bool(flag) for flag in shared.tolist()]
 
 

@@ -50,7 +50,7 @@ def tensor_norms(tensors: list[Tensor]) -> Tensor:
 def _on_one_device(tensors: list[Tensor]) -> Tensor:
     dtypes = set(map(_DTYPE, tensors))
     if any(dtype.is_complex for dtype in dtypes):
-        tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, 2, torch.float32))
     sizes, dims = tuple(map(Tensor.numel, tensors)), tuple(map(Tensor.dim, tensors))
@@ -113,7 +113,10 @@ def _dot_norm(chunk: Tensor) -> Tensor:
 
 def unit_norms(data: Tensor) -> Tensor:
     """Return the L2 norm of each output unit (row of dim 0) of a matrix or higher tensor."""
-    return vector_norm(data.flatten(1), dim=1, dtype=torch.float32)
+    rows = (torch.view_as_real(data.resolve_conj()) if data.is_complex() else data).flatten(1)
+    if rows.shape[1] <= _SHORT:
+        return vector_norm(rows, dim=1, dtype=torch.float32)
+    return torch.stack([_long_norm(row) for row in rows])
 
 
 def joined_norms(parts: list[Tensor], home: torch.device) -> Tensor:
@@ -121,8 +124,23 @@ def joined_norms(parts: list[Tensor], home: torch.device) -> Tensor:
 
     Squares add up in float64: one by one in float32 they would lose digits with their number.
     """
-    sizes = torch.tensor([part.numel() for part in parts], device=home)
-    owner = torch.repeat_interleave(sizes, output_size=sum(part.numel() for part in parts))
+    owner = _owner(tuple(map(Tensor.numel, parts)), home)
     squares = torch.cat([part.to(home) for part in parts]).double().square()
     sums = torch.zeros(len(parts), dtype=torch.float64, device=home)
     return sums.index_add(0, owner, squares).sqrt().float()
+
+
+def joined_any(flags: Tensor, sizes: tuple[int, ...]) -> list[bool]:
+    """Tell for each stretch of a joined bool vector whether any element of it is true."""
+    if not bool(flags.any()):
+        return [False] * len(sizes)
+    counts = torch.zeros(len(sizes), device=flags.device)
+    counts = counts.index_add(0, _owner(sizes, flags.device), flags.float())
+    return [count > 0 for count in counts.tolist()]
+
+
+@functools.lru_cache(maxsize=64)
+def _owner(sizes: tuple[int, ...], home: torch.device) -> Tensor:
+    """Return, for each element of joined vectors, the number of the vector it is from."""
+    repeats = torch.tensor(sizes, device=home)
+    return torch.repeat_interleave(repeats, output_size=sum(sizes))

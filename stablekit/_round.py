@@ -12,6 +12,7 @@ from stablekit import _loss, _nonfinite
 from stablekit._amp import AmpState
 from stablekit._commit import commit
 from stablekit._ledger import Ledger
+from stablekit._memory import Memory
 from stablekit.events import Event
 from stablekit.step import Step
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from stablekit._session import Session
+
+_OVERFLOW = "the GradScaler found an overflow"
 
 
 @final
@@ -46,43 +49,39 @@ class Round:
         self._loss: Tensor | None = None
         self._requests: list[tuple[str, str, Tensor, Tensor | None]] = []
 
-    @property
-    def learning(self) -> Tensor:
-        """Whether statistics may move: not when skipped, reevaluated, or without any gradient."""
-        if self.evaluation == 0 and self._has_gradients():
+    def learning(self, chosen: Sequence[int] | None = None) -> Tensor:
+        """Tell whether statistics may move: not when skipped, reevaluated, or without gradients."""
+        if self.evaluation == 0 and self._has_gradients(chosen):
             return self.ok
         return torch.zeros_like(self.ok)
 
     @property
     def is_withheld(self) -> bool:
-        """Whether the optimizers must not act; a GradScaler's own skip they know of already."""
-        by_scaler = self.amp.overflowed(host=self.session.host)
-        return self.skipped and not by_scaler and not self.session.dry_run
+        """Whether the optimizers must not act."""
+        return self.skipped and not self.session.dry_run
 
     def read(self) -> Ledger:
         """Open the books: one sweep over the gradients, one reduction where they are sharded."""
-        riders = _loss.riders(self._losses, self.layout)
-        ledger = Ledger(
-            self.params,
-            self.layout,
+        seats, riders = self.session.seats, _loss.riders(self._losses, self.layout)
+        unscale = self.amp.unscale(self.layout.device)
+        memory = Memory(self.params, self.layout, unscale=unscale, ride=riders)
+        self.ledger = Ledger(
+            memory,
             host=self.session.host,
             dry_run=self.session.dry_run,
-            unscale=self.amp.unscale(self.layout.device),
             reduce_groups=self.session.reduce_groups,
-            ride=riders,
+            units=seats.needing("unit_norms", self.layout),
+            weights=seats.needing("weight_unit_norms", self.layout),
         )
-        self.ledger = ledger
-        ledger.read_units(self.session.seats.needing("unit_norms", self.layout))
-        ledger.raw_norms()
-        if riders is not None:
-            self._loss = ledger.ride[0] / self.layout.shards[0][0][0].size()
-        return ledger
+        if riders is not None and self._losses:
+            self._loss = memory.ride[0] / memory.ride[1]
+        return self.ledger
 
     def observe(self) -> None:
         """Let plugins look and decide together whether the step is skipped."""
         ledger = self.read()
         if self.amp.overflowed(host=self.session.host):
-            self.emit("scaler-skip", "", "the GradScaler found an overflow", True, (), {})
+            self.emit("scaler-skip", "", _OVERFLOW, True, (), {})
             self._settle_skip()
             return
         _nonfinite.watch(self, ledger)
@@ -93,6 +92,8 @@ class Round:
             if self._requests:
                 self._settle_skip()
         elif self._requests or self.amp.found_inf is not None:
+            if self.amp.found_inf is not None:
+                self.emit("scaler-skip", "", _OVERFLOW, ~self.amp.ok(self.layout.device), (), {})
             self._settle_on_device()
 
     def transform(self) -> None:
@@ -114,10 +115,10 @@ class Round:
         if must_write or not self._can_ride(pending):
             commit(ledger)
         elif pending is not None and not (self.session.host and pending == 1):
-            scale = self.amp.scale if ledger.unscale is not None else None
+            scale = self.amp.scale if ledger.memory.unscale is not None else None
             self.lent_scale = pending.reciprocal() if scale is None else scale / pending
             return
-        self.lent_scale = None if ledger.unscale is None else self.amp.scale
+        self.lent_scale = None if ledger.memory.unscale is None else self.amp.scale
 
     def _can_ride(self, pending: Tensor | None) -> bool:
         if pending is None:
@@ -132,6 +133,8 @@ class Round:
 
     def reevaluate(self) -> None:
         """Treat a later evaluation of the same closure with the thresholds of the first."""
+        if self.skipped:
+            return
         self.evaluation += 1
         ledger = self.read()
         _nonfinite.refuse(self, ledger)
@@ -161,8 +164,8 @@ class Round:
         metrics = self.session.latest
         metrics.record(f"{plugin}/{name}", value)
         if name == "clipped" and self.evaluation == 0:
-            acted = torch.as_tensor(value, device=self.ok.device) > 0
-            metrics.count_clipped(plugin, acted & self.ok)
+            acted = value > 0
+            metrics.count_clipped(plugin, bool(acted) if self.session.host else acted & self.ok)
 
     def ask_to_skip(
         self, plugin: str, reason: str, when: bool | Tensor, culprits: Tensor | None
@@ -217,8 +220,11 @@ class Round:
             Event(event.kind, event.step, event.plugin, event.message, names, data), Step(self)
         )
 
-    def _has_gradients(self) -> bool:
-        return bool(self.ledger is None or self.ledger.held or self.layout.shards)
+    def _has_gradients(self, chosen: Sequence[int] | None) -> bool:
+        if self.ledger is None or self.ledger.is_shared:
+            return True
+        held = self.ledger.memory.held
+        return bool(held) if chosen is None else not set(held).isdisjoint(chosen)
 
     def _settle_skip(self) -> None:
         self.skipped = True
@@ -233,7 +239,8 @@ class Round:
             if not bool(self.ok):
                 self._settle_skip()
         else:
-            self.lent_found_inf = (~self.ok).float()
+            if not self.session.dry_run:
+                self.lent_found_inf = (~self.ok).float()
             self.session.mail.send(self._learn_of_skip, self.ok)
 
     def _learn_of_skip(self, ok: float) -> None:
@@ -245,10 +252,14 @@ class Round:
 
     def _record_norms(self, ledger: Ledger) -> None:
         latest = self.session.latest
+        if self.skipped:
+            latest.nothing_clipped()
         latest.record("grad_norm", ledger.raw_norm())
-        if self.number % max(self.session.log_every, 1) == 0 or not ledger.is_outdated:
-            after = torch.zeros_like(self.ok, dtype=torch.float32)
-            latest.record("grad_norm_clipped", after if self.skipped else ledger.norm())
+        may_read = self.number % max(self.session.log_every, 1) == 0 and not ledger.is_shared
+        if ledger.knows_norm or may_read:
+            latest.record("grad_norm_clipped", torch.where(self.ok, ledger.norm(), 0.0))
+        else:
+            latest.forget("grad_norm_clipped")
         if self._loss is not None or (self._losses and not _loss.is_shared()):
             loss = self.loss()
             assert loss is not None

@@ -62,6 +62,13 @@ class Seat:
             self.number = moment.number
             run(step=Step(moment, self.name, self.chosen(moment.layout)))
 
+        def event_hook(event: Event, step: Step) -> None:
+            self.number = event.step
+            moment = step._round
+            run(event=event, step=Step(moment, self.name, self.chosen(moment.layout)))
+
+        if hook == "on_event":
+            return event_hook
         return step_hook if hook in _STEP_HOOKS else run
 
 
@@ -83,7 +90,7 @@ class Seats:
                     f"two plugins are named {plugin.name!r}; give one of them another name=..."
                 )
             self._seats.append(Seat(plugin, selection))
-        self._calls = {hook: self._ordered(hook) for hook in HOOKS}
+        self._calls = self._ordered()
 
     @property
     def by_name(self) -> dict[str, Any]:
@@ -133,17 +140,20 @@ class Seats:
         for function in self._calls[hook]:
             function(**arguments)
 
-    def _ordered(self, hook: str) -> list[Callable[..., None]]:
-        """Return a hook's implementations as pluggy orders plugins registered last to first."""
+    def _ordered(self) -> dict[str, list[Callable[..., None]]]:
+        """Return every hook's implementations as pluggy orders plugins registered last to first."""
         manager = pluggy.PluginManager("stablekit")
         manager.add_hookspecs(hookspecs)
         for seat in reversed(self._seats):
             manager.register(seat.plugin, seat.name)
-        entries: dict[str, Callable[..., None]] = {
-            seat.name: getattr(seat, hook) for seat in self._seats if hook in seat.hooks
+        entries = {seat.name: seat for seat in self._seats}
+        return {
+            hook: [
+                getattr(entries[call.plugin_name], hook)
+                for call in reversed(getattr(manager.hook, hook).get_hookimpls())
+            ]
+            for hook in HOOKS
         }
-        calls = reversed(getattr(manager.hook, hook).get_hookimpls())
-        return [entries[call.plugin_name] for call in calls]
 
 
 def _check_hooks(plugin: Plugin) -> None:

@@ -217,10 +217,10 @@ class Session:
         self._observed, self._overheard = [], []
         return losses
 
-    def saw_loss(self, loss: Tensor) -> None:
-        """Note a loss that nobody passed to :meth:`observe`."""
+    def saw_loss(self, loss: Tensor, *, instead: bool = False) -> None:
+        """Note a loss that nobody passed to :meth:`observe`, perhaps instead of those before."""
         if loss.numel() == 1:
-            self._overheard = [*self._overheard, _scalar(loss)]
+            self._overheard = [*([] if instead else self._overheard), _scalar(loss)]
 
     def count_skip(self) -> None:
         """Count a skipped step."""
@@ -233,13 +233,14 @@ class Session:
 
     def close(self, moment: Round) -> None:
         """End a step: count it, fire the last hooks, hand out metrics."""
-        moment.end()
         if not moment.skipped:
             self.updates += 1
-        if self.log_every and self.number % self.log_every == 0:
+        moment.end()
+        is_due = self.log_every and self.number % self.log_every == 0
+        if is_due or self.mail.is_full:
             self.mail.collect()
-            if self.seats.has("on_metrics"):
-                self.seats.metrics(self.number, self.metrics())
+        if is_due and self.seats.has("on_metrics"):
+            self.seats.metrics(self.number, self.metrics())
 
     def restore(self, counters: Mapping[str, Any], events: list[Event]) -> None:
         """Continue from saved counters and events."""

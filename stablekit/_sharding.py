@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from stablekit.errors import PlacementError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,35 +17,76 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _OPS = ("sum", "mean", "max", "min")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell DTensors apart without importing the module that defines them, which is slow."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds."""
-    if type(tensor) is Tensor or not is_dtensor(tensor):
-        return tensor
-    return tensor.to_local()  # type: ignore[attr-defined, no-any-return]  # a DTensor
+    return _mesh_tensor(tensor).to_local() if is_dtensor(tensor) else tensor
 
 
-def shard_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
-    """Return the process groups over which a tensor is cut into shards, none for a plain tensor."""
-    if not is_dtensor(tensor):
-        return ()
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]  # DTensor
-    return tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard())
+def placed_like(grad: Tensor, param: Tensor, name: str) -> Tensor:
+    """Return a gradient placed as its parameter is; pending sums (Partial) are carried out.
+
+    Raises:
+        PlacementError: One of them is no DTensor, or they are on different meshes.
+    """
+    if not (is_dtensor(grad) and is_dtensor(param)):
+        kinds = f"{type(grad).__name__}, but the parameter is a {type(param).__name__}"
+        raise PlacementError(f"the gradient of {name} is a {kinds}; both must be DTensors")
+    on, home = _mesh_tensor(grad), _mesh_tensor(param)
+    if on.device_mesh != home.device_mesh:
+        raise PlacementError(
+            f"the gradient of {name} is on {on.device_mesh}, its parameter on {home.device_mesh};"
+            " redistribute the gradient to the mesh of the parameter before step()"
+        )
+    if on.placements == home.placements:
+        return grad
+    placed: Tensor = on.redistribute(placements=home.placements)
+    return placed
 
 
-def is_cut_inside_units(tensor: Tensor) -> bool:
-    """Tell whether an output unit (a row of dim 0) is spread over several ranks."""
+def is_cut(tensor: Tensor) -> bool:
+    """Tell whether a tensor is spread over several ranks.
+
+    Raises:
+        PlacementError: It is a sum that is pending (Partial), which no parameter can be.
+    """
     if not is_dtensor(tensor):
         return False
-    places = tensor.placements  # type: ignore[attr-defined]  # a DTensor
-    return any(place.is_shard() and (place.dim > 0 or tensor.ndim <= 1) for place in places)
+    mesh, places = _mesh_tensor(tensor).device_mesh, _mesh_tensor(tensor).placements
+    if any(place.is_partial() for place in places):
+        raise PlacementError(f"a parameter is placed as {places}; it must be sharded or replicated")
+    return any(_cut_dim(place) is not None and mesh.size(d) > 1 for d, place in enumerate(places))
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Tell whether what this rank holds is a copy of what a lower rank of the mesh holds."""
+    where = _mesh_tensor(tensor).device_mesh.get_coordinate()
+    places = _mesh_tensor(tensor).placements
+    return any(place.is_replicate() and where[d] > 0 for d, place in enumerate(places))
+
+
+def rows_here(tensor: Tensor) -> Tensor | None:
+    """Return which rows of dim 0 this rank holds, None for all of them."""
+    if tensor.ndim == 0 or not is_cut(tensor):
+        return None
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    given = _mesh_tensor(tensor)
+    places = [place if _cut_dim(place) == 0 else Replicate() for place in given.placements]
+    if all(place.is_replicate() for place in places):
+        return None
+    rows = torch.arange(tensor.shape[0], device=tensor.device)
+    return local(distribute_tensor(rows, given.device_mesh, places, src_data_rank=None))
 
 
 def world_size() -> int:
@@ -51,15 +94,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_world(groups: Sequence[ProcessGroup]) -> bool:
-    """Tell whether one group is all ranks there are, so that a mean over it is the global mean."""
-    return len(groups) == 1 and groups[0].size() == world_size()
-
-
 def all_reduce(
-    tensor: Tensor, op: str = "sum", groups: Sequence[ProcessGroup] | None = None
+    tensor: Tensor, op: str = "sum", groups: Sequence[ProcessGroup | None] = (None,)
 ) -> Tensor:
-    """Return the tensor reduced over the groups in turn; by default over all ranks.
+    """Return the tensor reduced over the groups in turn; None is all ranks.
 
     Raises:
         ValueError: The operation is not one of ``"sum"``, ``"mean"``, ``"max"``, ``"min"``.
@@ -69,7 +107,7 @@ def all_reduce(
     if world_size() == 1:
         return tensor
     result = tensor.clone()
-    for group in groups if groups is not None else (dist.group.WORLD,):
+    for group in groups:
         kind = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM}.get(op)
         kind = kind or {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
         dist.all_reduce(result, op=kind, group=group)
@@ -78,27 +116,80 @@ def all_reduce(
     return result
 
 
-def gather_norms(
-    norms: Tensor, present: Tensor, index: Tensor, groups: Sequence[ProcessGroup], ride: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the norms of sharded tensors global in one reduction, and let other numbers ride along.
+@final
+class Span:
+    """Tensors that are cut over the same ranks, and the reductions over those ranks."""
 
-    Args:
-        norms: local norms, float32 ``[P]``.
-        present: which tensors have a gradient on this rank, bool ``[P]``.
-        index: positions of the sharded tensors in ``[P]``.
-        groups: process groups over which they are sharded.
-        ride: any float32 vector to be summed in the same reduction.
+    def __init__(self, params: Sequence[Tensor], positions: Sequence[int]) -> None:
+        """Find the ranks; all tensors at these positions live on the same."""
+        mesh = _mesh_tensor(params[positions[0]]).device_mesh
+        home = params[0].device
+        self.members = frozenset(positions)
+        self.index = torch.tensor(positions, device=home)
+        self.groups = _groups(mesh)
+        self.is_world: bool = mesh.size() == world_size()
+        copies = [is_copy(params[i]) for i in positions]
+        self._copies = {i for i, is_one in zip(positions, copies, strict=True) if is_one}
+        self._is_copy = torch.tensor(copies, device=home)
 
-    Returns:
-        Global norms, global presence (any rank), and the summed riders.
+    def own(self, norms: Tensor, i: int | None = None) -> Tensor:
+        """Return what this rank adds for tensor i, or for all tensors: nothing where it has a copy.
+
+        A NaN counts anyway, so that one in any copy reaches every rank.
+        """
+        if not self._copies or (i is not None and i not in self._copies):
+            return norms
+        keep = norms.isnan() if i is not None else norms.isnan() | ~self._is_copy
+        return torch.where(keep, norms, 0.0)
+
+    def join(self, norms: list[Tensor], ride: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return norms over all ranks, and the sum of what rides along, in one reduction."""
+        squares = torch.cat(norms).square()
+        summed = all_reduce(torch.cat([squares, ride]), "sum", self.groups)
+        total, ridden = summed.split([squares.numel(), ride.numel()])
+        return list(total.sqrt().split([norm.numel() for norm in norms])), ridden
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the largest value on any rank, NaN where one is NaN, in one reduction."""
+        # gloo and NCCL do not agree on the maximum of a number and NaN.
+        marked = torch.cat([values.nan_to_num(0.0, posinf=torch.inf), values.isnan().float()])
+        most, is_nan = all_reduce(marked, "max", self.groups).chunk(2)
+        return torch.where(is_nan > 0, torch.nan, most)
+
+
+def spans_of(params: Sequence[Tensor]) -> list[Span]:
+    """Sort the parameters that are cut by the ranks they are cut over.
+
+    Copies on the same ranks come along: they cost nothing and are then the same bits everywhere.
     """
-    count = index.numel()
-    packed = torch.cat([norms[index].square(), present[index].float(), ride])
-    summed = all_reduce(packed, "sum", groups)
-    squares, flags, riders = summed.split([count, count, ride.numel()])
-    return (
-        norms.index_copy(0, index, squares.sqrt()),
-        present.index_copy(0, index, flags > 0),
-        riders,
-    )
+    by_ranks: dict[tuple[int, ...], list[int]] = {}
+    for i, param in enumerate(params):
+        if is_dtensor(param) and _mesh_tensor(param).device_mesh.get_coordinate() is not None:
+            ranks = tuple(sorted(_mesh_tensor(param).device_mesh.mesh.flatten().tolist()))
+            by_ranks.setdefault(ranks, []).append(i)
+    return [
+        Span(params, positions)
+        for positions in by_ranks.values()
+        if any([is_cut(params[i]) for i in positions])
+    ]
+
+
+def _groups(mesh: Any) -> tuple[ProcessGroup | None, ...]:  # noqa: ANN401 - a DeviceMesh
+    """Return groups to reduce over in turn so that all ranks of a mesh count once; None is all."""
+    dims = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    if len(dims) > 1 and mesh.size() == world_size():
+        return (None,)
+    return tuple(mesh.get_group(dim) for dim in dims)
+
+
+def _cut_dim(place: Any) -> int | None:  # noqa: ANN401 - a Placement
+    """Return the tensor dim a placement cuts, None if it cuts none.
+
+    ``is_shard()`` will not do: it is false for what FSDP2 gives a tensor that tensor parallelism
+    cut before.
+    """
+    return getattr(place, "dim", None)
+
+
+def _mesh_tensor(tensor: Tensor) -> Any:  # noqa: ANN401 - a DTensor, whose module is not imported
+    return tensor

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from stablekit._saved import VERSION, check_frame
 from stablekit.errors import StateError, StateWarning
 from stablekit.events import Event
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from stablekit.hookspecs import Plugin
 
 KEY = "stablekit"
-VERSION = 1
-_SAVED_EVENTS = 200
 
 
 def dump(session: Session) -> dict[str, Any]:
@@ -33,7 +32,9 @@ def dump(session: Session) -> dict[str, Any]:
         "updates": session.updates,
         "skipped": session.skipped,
         "clipped": session.latest.clipped_steps(),
-        "events": [event.as_dict() for event in session.events[-_SAVED_EVENTS:]],
+        "events": [
+            _plain(event.as_dict(), f"events[{i}]") for i, event in enumerate(session.events)
+        ],
         "plugins": {
             name: {"settings": settings(plugin), "state": _state_of(plugin)}
             for name, plugin in session.plugins.items()
@@ -48,7 +49,11 @@ def load(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
         StateError: The state does not fit; nothing was changed.
     """
     check(session, state, strict=strict)
-    _compare(session, state["plugins"])
+    take_over(session, state)
+
+
+def take_over(session: Session, state: Mapping[str, Any]) -> None:
+    """Continue from a state that :func:`check` accepted."""
     for name, plugin in session.plugins.items():
         if name in state["plugins"]:
             _load_plugin(plugin, state["plugins"][name]["state"])
@@ -56,12 +61,14 @@ def load(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
 
 
 def check(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Refuse a state that :func:`load` could not take over; every plugin is as before afterwards.
+    """Refuse a state that :func:`load` could not take over, and warn if it is of other plugins.
+
+    Nothing is changed yet: every plugin is as before afterwards.
 
     Raises:
         StateError: The message names the field.
     """
-    _check_frame(state)
+    check_frame(state)
     saved, ours = state["plugins"], session.plugins
     if strict and set(saved) != set(ours):
         raise StateError(
@@ -71,6 +78,7 @@ def check(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
     for name, plugin in ours.items():
         if name in saved:
             _try(name, plugin, saved[name]["state"])
+    _compare(session, saved)
 
 
 def settings(plugin: Plugin) -> dict[str, Any]:
@@ -105,8 +113,17 @@ def register(session: Session) -> list[RemovableHandle]:
 
     def apply(_: Optimizer) -> None:
         if pending:
-            load(session, pending.pop(), strict=False)
+            take_over(session, pending.pop())
 
+    if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+        # Wrappers such as pytorch_optimizer's Lookahead have step hooks and nothing else.
+        warnings.warn(
+            f"state_dict() of {type(optimizer).__name__} calls no hooks, so plugin state is not in"
+            " it: save session.state_dict() next to it",
+            StateWarning,
+            stacklevel=4,
+        )
+        return []
     return [
         optimizer.register_state_dict_post_hook(save),
         optimizer.register_load_state_dict_pre_hook(verify),
@@ -139,54 +156,28 @@ def _load_plugin(plugin: Plugin, state: Mapping[str, Any]) -> None:
         restore(state)
 
 
-def _try(name: str, plugin: Plugin, state: object) -> None:
+def _try(name: str, plugin: Plugin, state: Mapping[str, Any]) -> None:
     """Load a plugin's state and put the old one back, so that a bad one is found beforehand."""
     path = f"plugins.{name}.state"
-    if not isinstance(state, dict):
-        raise StateError(f"state field {path} must be a dict, got {type(state).__name__}")
     before = _state_of(plugin)
     if set(state) != set(before):
-        odd = sorted(set(state) ^ set(before))
+        odd = sorted(map(str, set(state) ^ set(before)))
         raise StateError(
             f"state field {path} must have the keys {sorted(before)}; differs in {odd}"
         )
     try:
         _load_plugin(plugin, state)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise StateError(f"state field {path}: {error}") from error
     finally:
         _load_plugin(plugin, before)
-
-
-_FRAME: dict[str, type] = {
-    "version": int,
-    "number": int,
-    "updates": int,
-    "skipped": int,
-    "clipped": dict,
-    "events": list,
-    "plugins": dict,
-}
-
-
-def _check_frame(state: object) -> None:
-    if not isinstance(state, dict):
-        raise StateError(f"stablekit state must be a dict, got {type(state).__name__}")
-    for key, kind in _FRAME.items():
-        if not isinstance(state.get(key), kind):
-            raise StateError(
-                f"state field {key} must be of type {kind.__name__}, got {state.get(key)!r}"
-            )
-    if state["version"] != VERSION:
-        raise StateError(f"state field version must be {VERSION}, got {state['version']}")
-    for name, entry in state["plugins"].items():
-        if not isinstance(entry, dict) or set(entry) != {"settings", "state"}:
-            raise StateError(f"state field plugins.{name} must hold 'settings' and 'state'")
-    for i, event in enumerate(state["events"]):
-        try:
-            Event.from_dict(event)
-        except (TypeError, KeyError) as error:
-            raise StateError(f"state field events[{i}]: {error}") from error
 
 
 def _compare(session: Session, saved: Mapping[str, Any]) -> None:
@@ -204,5 +195,5 @@ def _compare(session: Session, saved: Mapping[str, Any]) -> None:
         said += [f"{name}.{key} is {now[key]!r}, was {before[key]!r}" for key in changed]
     if said:
         warnings.warn(
-            f"checkpoint of another set of plugins: {'; '.join(said)}", StateWarning, stacklevel=2
+            f"checkpoint of another set of plugins: {'; '.join(said)}", StateWarning, stacklevel=5
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stablekit._amp import is_fused
-from stablekit._withhold import Loan, Withheld, remember, stand_in
+from stablekit._withhold import Bookkeeping, Loan, Withheld, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,9 +31,14 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def has_native_hooks(candidate: object) -> bool:
-    """Tell whether torch's step hooks fire on this object."""
-    return isinstance(candidate, torch.optim.Optimizer) and hasattr(
-        candidate, "_optimizer_step_pre_hooks"
+    """Tell whether torch's step hooks fire on this object.
+
+    They do if its class was prepared, which the constructor of ``Optimizer`` does.
+    """
+    return (
+        isinstance(candidate, torch.optim.Optimizer)
+        and "_optimizer_step_pre_hooks" in vars(candidate)
+        and getattr(type(candidate).step, "hooked", False)
     )
 
 
@@ -50,7 +55,7 @@ class Wire:
         self._frame: FrameType | None = None
         self._loan = Loan(optimizer)
         self._withheld: Withheld | None = None
-        self._restore: Callable[[], None] | None = None
+        self._books: Bookkeeping | None = None
         self._ignored = False
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
@@ -78,7 +83,7 @@ class Wire:
             return None
         where, closure = _closure(args, kwargs)
         if closure is None:
-            moment = self.pace.begin(self.optimizer)
+            moment = self.pace.begin(self.optimizer, frame=self._frame)
             return self._apply(moment, args, kwargs)
         return _with_closure(args, kwargs, where, self._wrapped(closure))
 
@@ -104,16 +109,18 @@ class Wire:
 
     def _lend(self, moment: Round) -> None:
         """Hand a fused optimizer the loss scale and the skip flag that now hold."""
+        if not is_fused(self.optimizer):
+            return
         if moment.lent_scale is not moment.amp.scale:
             self._loan.set("grad_scale", moment.lent_scale)
         flag = moment.lent_found_inf
-        if flag is not None and is_fused(self.optimizer):
-            self._loan.set("found_inf", flag)
+        if flag is not None:
+            own: Tensor | None = getattr(self.optimizer, "found_inf", None)
+            self._loan.set("found_inf", flag if own is None else torch.maximum(flag, own.view(())))
 
     def _wrapped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that treats the gradients each time they have been made."""
-        self._restore = None
-        undo = remember(self.optimizer)
+        books = Bookkeeping(self.optimizer)
         evaluations = 0
 
         @functools.wraps(closure)
@@ -124,27 +131,34 @@ class Wire:
             with torch.no_grad():
                 evaluations += 1
                 if evaluations > 1:
-                    self.pace.again()
+                    self._again()
                     return loss
                 if isinstance(loss, Tensor):
                     self.pace.saw_loss(loss)
                 moment = self.pace.begin(self.optimizer, by_hand=True)
                 if moment.is_withheld:
-                    self._withheld, self._restore = Withheld(self.optimizer), undo
+                    books.hold()
+                    self._withheld, self._books = Withheld(self.optimizer), books
                 else:
                     self._lend(moment)
             return loss
 
         return evaluate
 
+    def _again(self) -> None:
+        self.pace.again()
+        if self._withheld is not None:  # the step is skipped, whatever is evaluated now
+            self._withheld.give_back()
+            self._withheld = Withheld(self.optimizer)
+
     def _give_back(self) -> None:
         self._loan.give_back()
         if self._withheld is not None:
             self._withheld.give_back()
             self._withheld = None
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        if self._books is not None:
+            self._books.restore()
+            self._books = None
 
 
 def _is_running(frame: FrameType | None) -> bool:

@@ -8,15 +8,13 @@ copies of everything it could count in and whose groups are empty.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.optim import Optimizer
 
 _SMALL = 16
@@ -75,41 +73,57 @@ def stand_in(optimizer: Optimizer) -> Optimizer:
     return _Copier(optimizer).twin(optimizer)
 
 
-def remember(optimizer: Optimizer) -> Callable[[], None]:
-    """Note an optimizer's bookkeeping before a closure is evaluated; return what restores it.
+@final
+class Bookkeeping:
+    """What an optimizer counts outside of tensors it only writes to where there are gradients."""
 
-    Large tensors are noted by reference: without gradients no optimizer writes to them.
-    """
-    groups = [{k: _kept(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    state = {key: _kept(value) for key, value in optimizer.state.items()}
-    own = {k: v for k, v in vars(optimizer).items() if not _is_structure(k, v)}
-    own = {key: _kept(value) for key, value in own.items()}
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Note everything by reference, cheaply: most steps with a closure are not skipped."""
+        self._optimizer = optimizer
+        self._groups = [
+            {k: _noted(v) for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+        ]
+        self._state = {key: _noted(value) for key, value in optimizer.state.items()}
+        self._own = {k: _noted(v) for k, v in vars(optimizer).items() if not _is_structure(k)}
 
-    def restore() -> None:
-        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+    def hold(self) -> None:
+        """Copy the small tensors noted, before the optimizer counts in place."""
+        self._groups = [_noted(group, clone=True) for group in self._groups]
+        self._state = _noted(self._state, clone=True)
+        self._own = _noted(self._own, clone=True)
+
+    def restore(self) -> None:
+        """Put all that was noted back in place."""
+        for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
             for key in [k for k in group if k != "params" and k not in saved]:
                 del group[key]
             group.update(saved)
-        optimizer.state.clear()
-        optimizer.state.update(state)
-        vars(optimizer).update(own)
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)
+        own = vars(self._optimizer)
+        for key in [k for k in own if not _is_structure(k) and k not in self._own]:
+            del own[key]
+        own.update(self._own)
 
-    return restore
 
-
-def _kept(value: Any) -> Any:  # noqa: ANN401 - any bookkeeping value
-    """Copy containers and small tensors, so that counting in place does not reach them."""
+def _noted(value: Any, *, clone: bool = False) -> Any:  # noqa: ANN401 - any bookkeeping value
     if isinstance(value, Tensor):
-        return value.clone() if value.numel() <= _SMALL and not value.requires_grad else value
+        is_counter = clone and value.numel() <= _SMALL and not value.requires_grad
+        return value.clone() if is_counter else value
     if type(value) in (list, tuple, set):
-        return type(value)(_kept(item) for item in value)
-    if isinstance(value, dict) and type(value) in (dict, defaultdict):
-        return {key: _kept(item) for key, item in value.items()}
+        return type(value)(_noted(item, clone=clone) for item in value)
+    if type(value) is dict:
+        return {key: _noted(item, clone=clone) for key, item in value.items()}
     return value
 
 
-def _is_structure(name: str, value: object) -> bool:
-    return name in ("param_groups", "state", "defaults") or name.startswith("_optimizer_")
+def _is_structure(name: str) -> bool:
+    return name in ("param_groups", "state", "defaults") or _is_hooks(name)
+
+
+def _is_hooks(name: str) -> bool:
+    return name.startswith("_optimizer_") and name.endswith("_hooks")
 
 
 @final
@@ -133,7 +147,11 @@ class _Copier:
                 value = [self._empty(group) for group in value]
             elif name == "state":
                 value = defaultdict(dict, {k: self.copy(v) for k, v in value.items() if _plain(k)})
-            elif not name.startswith("_optimizer_"):
+            elif _is_hooks(name):
+                value = OrderedDict()  # hooks: torch looks for them on whatever it steps
+            elif name == "step":
+                continue  # what an LRScheduler puts there steps the original
+            else:
                 value = self.copy(value)
             vars(twin)[name] = value
         return twin

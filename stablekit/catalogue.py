@@ -64,7 +64,7 @@ def available() -> dict[str, PluginInfo]:
     return found
 
 
-def create(name: str, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin's own arguments
+def create(name: str, /, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin's own arguments
     """Return a new plugin of this name, made with these constructor arguments.
 
     Raises:
@@ -77,6 +77,11 @@ def create(name: str, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin's o
         'zclip'
     """
     points = _points()
+    if name in PRESETS and name not in points:
+        parts = ", ".join(PRESETS[name])
+        raise UnknownPluginError(
+            f"{name!r} is a preset of {parts}; give it to attach, or create those"
+        )
     if name not in points:
         raise UnknownPluginError(_unknown(name, sorted([*points, *PRESETS])))
     factory = points[name].load()
@@ -84,7 +89,8 @@ def create(name: str, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin's o
     try:
         signature.bind(**kwargs)
     except TypeError as error:
-        raise TypeError(f"plugin {name!r}: {error}; it takes {name}{signature}") from None
+        known = ", ".join(signature.parameters)
+        raise TypeError(f"plugin {name!r}: {error}; its arguments are {known}") from None
     plugin: Plugin = factory(**kwargs)
     return plugin
 

@@ -9,6 +9,7 @@
      |-- UnknownPluginError      a plugin name that no distribution provides (a ValueError)
      |-- StateError              a saved state does not fit: names the field (a ValueError)
      |-- IncompleteRoundError    only some optimizers of one session were stepped
+     |-- PlacementError          a gradient is not on the mesh of its parameter
      `-- NonFiniteError          gradients stayed non-finite for longer than allowed
 
     StablekitWarning (a UserWarning)
@@ -22,6 +23,7 @@ __all__ = [
     "IncompleteRoundError",
     "NoEffectWarning",
     "NonFiniteError",
+    "PlacementError",
     "PluginError",
     "StablekitError",
     "StablekitWarning",
@@ -57,6 +59,10 @@ class StateError(StablekitError, ValueError):
 
 class IncompleteRoundError(StablekitError):
     """An optimizer of a several-optimizer session stepped twice before another stepped once."""
+
+
+class PlacementError(StablekitError):
+    """A gradient cannot be read as the gradient of its parameter: it lies on other ranks."""
 
 
 class NonFiniteError(StablekitError):

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+import math
+from typing import TYPE_CHECKING, final, overload
 
 import torch
 from torch import Tensor
 
 from stablekit._commit import commit
-from stablekit._norms import unit_norms
-from stablekit._sharding import all_reduce, is_cut_inside_units, local, shard_groups
 from stablekit.errors import HookError
+from stablekit.scalars import ratio, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from stablekit._ledger import Ledger
+    from stablekit.scalars import Scalar
 
 __all__ = ["Edit", "Gradients", "clip_factor"]
 
 
-def clip_factor(norm: Tensor, max_norm: Tensor | float, *, eps: float = 1e-6) -> Tensor:
+@overload
+def clip_factor(norm: Tensor, max_norm: Tensor | float, *, eps: float = ...) -> Tensor: ...
+@overload
+def clip_factor(norm: float, max_norm: float, *, eps: float = ...) -> float: ...
+@overload
+def clip_factor(norm: Scalar, max_norm: Scalar, *, eps: float = ...) -> Scalar: ...
+def clip_factor(norm: Scalar, max_norm: Scalar, *, eps: float = 1e-6) -> Scalar:
     """Return the factor that brings a norm down to a threshold.
 
     ``min(1, max_norm / (norm + eps))``; 0 for an infinite norm, NaN for a NaN norm (which
     :meth:`Gradients.scale_` takes as 1).
 
     Args:
-        norm: gradient norms, any shape.
+        norm: gradient norms: a float, or a tensor of any shape.
         max_norm: thresholds, a number or a tensor that broadcasts with ``norm``; may be infinite.
         eps: guards the division, as in ``torch.nn.utils.clip_grad_norm_``.
 
     Example:
         >>> clip_factor(torch.tensor([0.5, 4.0, float("inf")]), 1.0)
         tensor([1.0000, 0.2500, 0.0000])
+        >>> clip_factor(2.0, 1.0, eps=0.0)
+        0.5
     """
-    factor = (max_norm / (norm + eps)).clamp(max=1.0)
-    return torch.where(norm.isposinf(), 0.0, factor)
+    if isinstance(norm, Tensor):
+        return torch.where(norm.isposinf(), 0.0, (max_norm / (norm + eps)).clamp(max=1.0))
+    if norm == math.inf:
+        return 0.0
+    factor = ratio(max_norm, norm + eps)
+    return where(factor > 1.0, 1.0, factor)
 
 
 @final
@@ -78,12 +91,12 @@ class Gradients:
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters, ``P`` of them; DTensors where they are sharded."""
-        return [self._ledger.params[i] for i in self._indices()]
+        return [self._ledger.memory.params[i] for i in self._indices()]
 
     @property
     def present(self) -> Tensor:
-        """Which parameters have a gradient, bool ``[P]``, on any rank once norms were read."""
-        return self._pick(self._ledger.present)
+        """Which parameters have a gradient, on any rank that shares them, bool ``[P]``."""
+        return self._pick(self._ledger.memory.present)
 
     @property
     def device(self) -> torch.device:
@@ -118,17 +131,22 @@ class Gradients:
     def unit_norms(self) -> list[Tensor]:
         """Return the norm of every output unit now: ``P`` float32 vectors.
 
-        A unit is a row of dim 0; a tensor of fewer than two dims is one unit. A sharded tensor
-        gives the units of this rank; a sparse gradient those rows it holds; no gradient gives an
-        empty vector.
+        A unit is a row of dim 0; a tensor of fewer than two dims is one unit. A sparse gradient
+        gives those rows it holds; no gradient gives zeros; a sharded tensor gives the units of the
+        whole tensor on every rank. A plugin that announces ``needs = ("unit_norms",)`` has them
+        read, and reduced, together with the norms.
         """
-        return [self._ledger.unit_norms(i) for i in self._indices()]
+        return self._ledger.unit_norms(self._indices())
 
     def weight_unit_norms(self) -> list[Tensor]:
-        """Return the norms of the parameters' own units, aligned with :meth:`unit_norms`."""
-        return [_weight_units(self._ledger, i) for i in self._indices()]
+        """Return the norms of the parameters' own units, aligned with :meth:`unit_norms`.
 
-    def scale_(self, factor: Tensor) -> None:
+        Zeros where there is no gradient. ``needs = ("weight_unit_norms",)`` lets those of sharded
+        parameters ride in the reduction of the norms.
+        """
+        return self._ledger.weight_unit_norms(self._indices())
+
+    def scale_(self, factor: Scalar) -> None:
         """Multiply the gradients by a factor, 0-dim for all or ``[P]`` for each tensor.
 
         Nothing is written now: factors of all plugins are multiplied and written together. A NaN
@@ -139,12 +157,16 @@ class Gradients:
             ValueError: The shape is neither ``()`` nor ``[P]``.
         """
         self._allow("scale_")
+        if not isinstance(factor, Tensor):
+            if factor == 1:
+                return
+            factor = torch.tensor(factor, dtype=torch.float32, device=self.device)
         factor = factor.detach().to(self.device, torch.float32)
         count = len(self._indices())
         if factor.shape not in ((), (count,)):
             raise ValueError(f"factor must be 0-dim or [{count}], got {list(factor.shape)}")
         if self._where is not None:
-            ones = torch.ones(len(self._ledger.params), device=self.device)
+            ones = torch.ones(len(self._ledger.layout.names), device=self.device)
             factor = ones.index_copy(0, self._where, factor.expand(count))
         self._ledger.scale(factor)
 
@@ -153,20 +175,22 @@ class Gradients:
 
         Raises:
             HookError: Called outside ``transform_gradients``.
-            ValueError: There are not as many factors as tensors.
+            ValueError: The factors are not shaped like the units.
         """
         self._allow("scale_units_")
         chosen = self._indices()
-        if len(factors) != len(chosen):
-            raise ValueError(f"factors must hold {len(chosen)} tensors, got {len(factors)}")
-        held = [(i, f) for i, f in zip(chosen, factors, strict=True) if f.numel()]
-        self._ledger.scale_units(dict(held))
+        counts = [self._ledger.memory.unit_count(i) for i in chosen]
+        if [tuple(factor.shape) for factor in factors] != [(count,) for count in counts]:
+            shapes = [list(factor.shape) for factor in factors]
+            raise ValueError(f"factors must be vectors of lengths {counts}, got {shapes}")
+        self._ledger.scale_units(dict(zip(chosen, factors, strict=True)))
 
     def edit(self) -> Edit:
         """Return (name, local gradient) pairs to be changed in place, element by element.
 
         What is pending is written first. Norms of the tensors that the editor reports with
         :meth:`Edit.touched` (of all of them, if it reports nothing) are read again when asked for.
+        Every rank must call this, and report the same names, whatever part it holds.
 
         Raises:
             HookError: Called outside ``transform_gradients``.
@@ -178,7 +202,7 @@ class Gradients:
         return Edit(self._ledger, self._indices())
 
     def _indices(self) -> Sequence[int]:
-        return range(len(self._ledger.params)) if self._chosen is None else self._chosen
+        return self._ledger.layout.everywhere if self._chosen is None else self._chosen
 
     def _pick(self, values: Tensor) -> Tensor:
         return values if self._where is None else values[self._where]
@@ -192,36 +216,31 @@ class Gradients:
 class Edit:
     """The gradients of one element-wise edit: iterate over (name, local gradient) pairs."""
 
-    __slots__ = ("_indices", "_ledger")
+    __slots__ = ("_before", "_indices", "_ledger")
 
     def __init__(self, ledger: Ledger, indices: Sequence[int]) -> None:
         """Open the tensors at these positions; until told otherwise all count as changed."""
         self._ledger = ledger
-        self._indices = [i for i in indices if ledger.data[i] is not None]
-        ledger.was_edited(self._indices)
+        self._indices = indices
+        self._before = ledger.bookmark()
+        ledger.was_edited(indices)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the local gradient of every tensor that has one."""
         for i in self._indices:
-            data = self._ledger.data[i]
-            assert data is not None
-            yield self._ledger.layout.names[i], data
+            data = self._ledger.memory.data[i]
+            if data is not None:
+                yield self._ledger.layout.names[i], data
 
     def touched(self, names: Iterable[str]) -> None:
-        """Report which tensors were changed, so that the others keep the norms already read."""
+        """Report which tensors were changed, so that the others keep the norms already read.
+
+        Raises:
+            ValueError: A name is not one of those that can be edited.
+        """
         changed = set(names)
-        names_of = self._ledger.layout.names
-        self._ledger.keep([i for i in self._indices if names_of[i] not in changed])
-
-
-def _weight_units(ledger: Ledger, i: int) -> Tensor:
-    if ledger.data[i] is None:
-        return torch.zeros(0, device=ledger.layout.device)
-    param = ledger.params[i]
-    weight = local(param.detach())
-    if param.grad is not None and param.grad.is_sparse:
-        weight = weight[param.grad._indices()[0]]
-    units = unit_norms(weight.view(1, -1) if weight.ndim <= 1 else weight)
-    if is_cut_inside_units(param):
-        units = all_reduce(units.square(), "sum", shard_groups(param)).sqrt()
-    return units
+        places = {self._ledger.layout.names[i]: i for i in self._indices}
+        if unknown := sorted(changed - places.keys()):
+            raise ValueError(f"touched() takes names of tensors in this edit, got {unknown}")
+        self._ledger.go_back(self._before)
+        self._ledger.was_edited(places[name] for name in changed)

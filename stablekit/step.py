@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from stablekit._round import Round
     from stablekit._session import Session
+    from stablekit.scalars import Flag, Scalar
 
 __all__ = ["Step"]
 
@@ -67,7 +68,7 @@ class Step:
     @property
     def learning(self) -> Tensor:
         """0-dim bool on the gradients' device: true where statistics may move."""
-        return self._round.learning
+        return self._round.learning(self._chosen)
 
     @property
     def session(self) -> Session:
@@ -102,6 +103,17 @@ class Step:
         """The learning rate of the first parameter group."""
         rate: float | Tensor = self._round.optimizers[0].param_groups[0]["lr"]
         return rate
+
+    def scalar(self, value: Tensor) -> Scalar:
+        """Return a 0-dim tensor as a float in host mode, as it is in device mode.
+
+        What is computed from it with the operators and :mod:`stablekit.scalars` is written once.
+        """
+        return value.item() if self._round.session.host else value
+
+    def flag(self, value: Tensor) -> Flag:
+        """Return a 0-dim bool tensor as a bool in host mode, as it is in device mode."""
+        return bool(value) if self._round.session.host else value
 
     def record(self, name: str, value: Tensor | float) -> None:
         """Report a metric ``<plugin>/<name>``; a tensor is read on the host only when someone asks.

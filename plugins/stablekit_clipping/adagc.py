@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from stablekit import hookimpl
-from stablekit.arguments import choice, fraction, number, whole
+from stablekit.arguments import choice, fraction, number, plugin_name, whole
 from stablekit.gradients import clip_factor
+from stablekit.scalars import is_finite, like, where
 from stablekit.statistics import NamedValues
+from stablekit_clipping._report import report_factor, report_factors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stablekit import Step
+    from stablekit.scalars import Flag, Scalar
 
 __all__ = ["AdaGC", "adagc_average"]
 
@@ -56,11 +59,13 @@ class AdaGC:
     norm after the global clip, for ``warmup_steps - 1`` steps; there one spike in any tensor lowers
     the averages of all others.
 
-    Where it differs from both: a norm that is not finite never enters an average; a tensor whose
-    gradient is zero in the warm-up is not frozen for the rest of the run (there ``gamma = 0`` is
-    absorbing), and a run of zero gradients lowers an average once; a tensor that appears late
-    starts with its first norm. Averages start at a minimum and grow by at most
-    ``(1 - beta) * (lambda_rel - 1)`` a step, so expect half of the steps to clip something.
+    Where it differs from both: a step whose global norm is not finite teaches nothing; a tensor
+    whose gradient is zero in the warm-up is not frozen for the rest of the run (there
+    ``gamma = 0`` is absorbing), and zero gradients after it never take an average below half of
+    what it would be without them (there a tensor used in every other step dies out); a tensor
+    that appears late starts with its first norm that is not zero. Averages start at a minimum and
+    grow by at most ``(1 - beta) * (lambda_rel - 1)`` a step, so expect half of the steps to clip
+    something. The metric ``threshold`` is the L2 norm of the tensors' thresholds.
 
     Args:
         lambda_rel: threshold relative to the average, above 1.
@@ -75,7 +80,7 @@ class AdaGC:
         ValueError: An argument is out of range.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.zeros(1))
         >>> plugin = AdaGC(warmup_steps=1)
         >>> optimizer = stablekit.wrap(torch.optim.SGD([p], lr=1.0), plugin)
@@ -104,63 +109,81 @@ class AdaGC:
         self.lambda_abs = number("lambda_abs", lambda_abs, above=0)
         self.warmup_steps = whole("warmup_steps", warmup_steps)
         self.warmup_norms = choice("warmup_norms", warmup_norms, ("raw", "clipped"))
-        self.name = name or "adagc"
+        self.name = plugin_name(name, "adagc")
         self._warm = self.warmup_steps + (1 if warmup_norms == "raw" else -1)
         self._eps = 1e-8 if warmup_norms == "raw" else 0.0
-        self._steps = torch.zeros((), dtype=torch.int64)
+        self._steps: Scalar = 0
         self._gamma = NamedValues(default=math.inf)
-        self._idle = NamedValues(default=0.0)
-        self._used = (torch.ones((), dtype=torch.bool), torch.zeros(0))
+        self._active = NamedValues(default=math.inf)
+        self._used: tuple[Flag, Tensor] = (True, torch.zeros(0))
 
     @hookimpl
     def transform_gradients(self, step: Step) -> None:
         """Clip globally in the warm-up, each tensor by itself after it."""
         gradients = step.gradients
-        norms, total = gradients.norms(), gradients.norm()
+        norms, total = gradients.norms(), step.scalar(gradients.norm())
         gamma = self._gamma.align(gradients.names, norms.device)
         if step.evaluation == 0:
-            self._steps = self._steps.to(norms.device)
+            self._steps = like(self._steps, total)
             self._used = self._steps < self._warm, self.lambda_rel * gamma
         is_warm, limits = self._used
         shared = clip_factor(total, self.lambda_abs, eps=self._eps)
         own = torch.where(norms > limits, clip_factor(norms, limits, eps=self._eps), 1.0)
-        factors = torch.where(is_warm, shared, torch.where(norms.isposinf(), 0.0, own))
+        factors = where(is_warm, shared, torch.where(norms == math.inf, 0.0, own))
         if step.evaluation == 0:
-            self._learn(step, gamma, norms, shared)
+            counts = step.flag(step.learning) & is_finite(total)
+            self._learn(step, gamma, norms, shared, counts)
         gradients.scale_(factors)
-        seen = torch.where(limits.isfinite(), limits, norms)
-        threshold = torch.where(is_warm, self.lambda_abs, torch.linalg.vector_norm(seen))
+        seen = torch.where(limits < math.inf, limits, norms)
+        threshold = where(is_warm, self.lambda_abs, torch.linalg.vector_norm(seen))
         step.record("threshold", threshold)
-        step.record("factor", factors.min() if factors.numel() else 1.0)
-        step.record("clipped", (factors < 1).float().mean())
+        if isinstance(factors, Tensor):
+            report_factors(step, factors)
+        else:
+            report_factor(step, factors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages by parameter name, and how far the warm-up is."""
+        """Return the averages by parameter name, with and without zeros, and the steps taken."""
         return {
             "steps": int(self._steps),
             "gamma": self._gamma.state_dict(),
-            "idle": self._idle.state_dict(),
+            "active": self._active.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from saved averages.
 
         Raises:
-            TypeError: The step count is not an integer.
-            ValueError: An average is not a number.
+            TypeError: A field is of the wrong type.
+            ValueError: A number is not finite, or is negative.
         """
-        self._steps = torch.tensor(whole("steps", state["steps"]))
-        self._gamma.load_state_dict(state["gamma"])
-        self._idle.load_state_dict(state["idle"])
+        steps = whole("steps", state["steps"])
+        for average, key in ((self._gamma, "gamma"), (self._active, "active")):
+            average.load_state_dict(state[key], field=key)
+        if odd := sorted(set(state["gamma"]) ^ set(state["active"])):
+            raise ValueError(f"gamma and active must hold the same names, not so {', '.join(odd)}")
+        self._steps = steps
 
-    def _learn(self, step: Step, gamma: Tensor, norms: Tensor, shared: Tensor) -> None:
+    def _learn(
+        self, step: Step, gamma: Tensor, norms: Tensor, shared: Scalar, counts: Flag
+    ) -> None:
+        """Let the averages follow, and beside them those in which zeros leave no trace."""
         is_warm, limits = self._used
-        idle = self._idle.align(step.gradients.names, norms.device)
-        counts = step.learning & step.gradients.present & norms.isfinite()
-        is_zero = norms == 0
+        active = self._active.align(step.gradients.names, norms.device)
         smallest = torch.minimum(gamma, norms if self.warmup_norms == "raw" else norms * shared)
-        average = adagc_average(gamma, norms, limits, beta=self.beta)
-        tells = counts & torch.where(is_warm | gamma.isinf(), ~is_zero, ~is_zero | (idle == 0))
-        self._gamma.set(torch.where(tells, torch.where(is_warm, smallest, average), gamma))
-        self._idle.set(torch.where(counts, is_zero.float(), idle))
-        self._steps = self._steps + step.learning
+        with_zeros = adagc_average(gamma, norms, limits, beta=self.beta)
+        without = adagc_average(active, norms, self.lambda_rel * active, beta=self.beta)
+        told = step.gradients.present & counts
+        is_zero = norms == 0
+        tells = told & ~(is_zero & (gamma.isposinf() | is_warm))
+        active = torch.where(told & ~is_zero, _rows(is_warm, smallest, without), active)
+        gamma = torch.where(tells, _rows(is_warm, smallest, with_zeros), gamma)
+        self._active.set(active)
+        self._gamma.set(torch.maximum(gamma, active / 2))
+        self._steps = self._steps + counts
+
+
+def _rows(condition: Flag, chosen: Tensor, otherwise: Tensor) -> Tensor:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, chosen, otherwise)
+    return chosen if condition else otherwise

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stablekit import hookimpl
-from stablekit.arguments import number
+from stablekit.arguments import number, plugin_name
+from stablekit_clipping._report import report_factors
 
 if TYPE_CHECKING:
     from stablekit import Step
@@ -63,7 +64,7 @@ class AGC:
         ValueError: An argument is out of range.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.ones(1, 4))
         >>> optimizer = stablekit.wrap(torch.optim.SGD([p], lr=1.0), AGC(0.1))
         >>> p.grad = torch.ones(1, 4)
@@ -72,7 +73,7 @@ class AGC:
         tensor([[0.9000, 0.9000, 0.9000, 0.9000]])
     """
 
-    needs = ("unit_norms",)
+    needs = ("unit_norms", "weight_unit_norms")
     cost = "one read of the gradients and one of the weights; one write of the tensors clipped"
 
     def __init__(
@@ -81,7 +82,7 @@ class AGC:
         """Check the arguments."""
         self.clipping = number("clipping", clipping, above=0)
         self.eps = number("eps", eps, above=0)
-        self.name = name or "agc"
+        self.name = plugin_name(name, "agc")
 
     @hookimpl
     def transform_gradients(self, step: Step) -> None:
@@ -94,5 +95,4 @@ class AGC:
         weights = torch.cat(gradients.weight_unit_norms())
         factors = agc_factors(joined, weights, clipping=self.clipping, eps=self.eps)
         gradients.scale_units_(factors.split([unit.numel() for unit in units]))
-        step.record("clipped", (factors < 1).float().mean())
-        step.record("factor", factors.min() if factors.numel() else 1.0)
+        report_factors(step, factors)

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from stablekit import hookimpl
-from stablekit.arguments import fraction, whole
+from stablekit.arguments import fraction, plugin_name, whole
 from stablekit.gradients import clip_factor
-from stablekit.statistics import GrowingQuantile, WindowQuantile, history_of
+from stablekit.statistics import LONGEST, GrowingQuantile, WindowQuantile, history_of
+from stablekit_clipping._report import report_factor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stablekit import Session, Step
+    from stablekit.scalars import Scalar
 
 __all__ = ["AutoClip"]
 
@@ -53,7 +55,7 @@ class AutoClip:
         ValueError: An argument is out of range.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = stablekit.wrap(torch.optim.SGD([p], lr=1.0), AutoClip(50))
         >>> for g in (1.0, 1.0, 5.0):
@@ -63,21 +65,23 @@ class AutoClip:
         1.0
     """
 
-    cost = "one read of the gradients; one write in steps that clip; 8 bytes a step of history"
+    cost = "one read of the gradients; one write in steps that clip; 40 bytes a step of history"
 
     def __init__(
         self, percentile: float = 10.0, *, history: int | None = None, name: str | None = None
     ) -> None:
         """Check the arguments and start with an empty history."""
         self.percentile = fraction("percentile", percentile, closed=True, scale=100.0)
-        self.history = None if history is None else whole("history", history, at_least=1)
-        self.name = name or "autoclip"
+        self.history = history
+        if history is not None:
+            self.history = whole("history", history, at_least=1, at_most=LONGEST)
+        self.name = plugin_name(name, "autoclip")
         self._quantile = self.percentile / 100.0
-        self._window = WindowQuantile(self._quantile, history=history or _FIRST_BUFFER)
+        self._window = WindowQuantile(self._quantile, history=self.history or _FIRST_BUFFER)
         self._all = GrowingQuantile(self._quantile)
-        self._on_host = history is None
+        self._on_host = self.history is None
         self._pushed = 0
-        self._threshold = torch.tensor(math.inf)
+        self._threshold: Scalar = math.inf
 
     @hookimpl
     def on_attach(self, session: Session) -> None:
@@ -91,18 +95,16 @@ class AutoClip:
     @hookimpl
     def transform_gradients(self, step: Step) -> None:
         """Take the norm into the history, then clip at its percentile."""
-        gradients = step.gradients
-        norm = gradients.norm()
+        norm = step.gradients.norm()
         if step.evaluation == 0:
-            self._learn(norm, step.learning & norm.isfinite())
-        factor = clip_factor(norm, self._threshold)
-        gradients.scale_(factor)
+            self._learn(step, norm)
+        factor = clip_factor(step.scalar(norm), self._threshold)
+        step.gradients.scale_(factor)
         step.record("threshold", self._threshold)
-        step.record("factor", factor)
-        step.record("clipped", (factor < 1).float())
+        report_factor(step, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history as one vector."""
+        """Return the history as one vector, oldest first."""
         if self._on_host:
             return {"history": self._all.values()}
         return {"history": self._window.state_dict().get(_ROW[0], torch.zeros(0))}
@@ -111,6 +113,7 @@ class AutoClip:
         """Continue from a saved history.
 
         Raises:
+            TypeError: It is not a tensor.
             ValueError: It is not a vector of finite norms.
         """
         values = history_of("history", state["history"])
@@ -120,16 +123,17 @@ class AutoClip:
             return
         if self.history is None and values.numel() > self._window.history:
             self._window = WindowQuantile(self._quantile, history=2 * values.numel())
-        self._window.load_state_dict({_ROW[0]: values} if values.numel() else {})
+        self._window.load_state_dict({_ROW[0]: values}, field="history")
 
-    def _learn(self, norm: Tensor, when: Tensor) -> None:
+    def _learn(self, step: Step, norm: Tensor) -> None:
+        when = step.learning & norm.isfinite()
         if self._on_host:
             if bool(when):
                 self._all.push(norm.item())
-            self._threshold = torch.tensor(self._all.value())
+            self._threshold = self._all.value()
             return
         if self.history is None and self._pushed >= self._window.history:
             self._window.grow(2 * self._window.history)
         self._pushed += 1
         self._window.push(_ROW, norm.view(1), when=when)
-        self._threshold = self._window.value(_ROW, norm.device)[0]
+        self._threshold = step.scalar(self._window.value(_ROW, norm.device)[0])

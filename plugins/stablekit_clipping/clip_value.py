@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 from stablekit import hookimpl
-from stablekit.arguments import number
+from stablekit.arguments import number, plugin_name
 
 if TYPE_CHECKING:
     from stablekit import Step
@@ -29,7 +29,7 @@ class ClipValue:
         ValueError: ``limit`` is not above 0.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = stablekit.wrap(torch.optim.SGD([p], lr=1.0), ClipValue(0.5))
         >>> p.grad = torch.tensor([3.0, -0.25])
@@ -43,7 +43,7 @@ class ClipValue:
     def __init__(self, limit: float, *, name: str | None = None) -> None:
         """Check the limit."""
         self.limit = number("limit", limit, above=0)
-        self.name = name or "clip-value"
+        self.name = plugin_name(name, "clip-value")
 
     @classmethod
     def example(cls) -> ClipValue:
@@ -54,16 +54,18 @@ class ClipValue:
     def transform_gradients(self, step: Step) -> None:
         """Clamp the tensors that exceed the limit; in device mode all of them."""
         gradients = step.gradients
-        over = gradients.amaxes() > self.limit
+        peaks = gradients.amaxes()
         step.record("threshold", self.limit)
-        step.record("clipped", over.float().mean())
-        if step.session.host and not bool(over.any()):
+        step.record("clipped", (peaks > self.limit).float().sum() / max(len(peaks), 1))
+        # A tensor with a NaN has peak NaN, but its other elements are clamped as well.
+        acting = set(gradients.names)
+        if step.session.host:
+            inside = (peaks <= self.limit).tolist()
+            acting = {name for name, ok in zip(gradients.names, inside, strict=True) if not ok}
+        if not acting:
             return
         edit = gradients.edit()
-        acting = None
-        if step.session.host:
-            acting = {name for name, hit in zip(gradients.names, over.tolist(), strict=True) if hit}
-            edit.touched(acting)
+        edit.touched(acting)
         for name, gradient in edit:
-            if acting is None or name in acting:
+            if name in acting:
                 gradient.clamp_(-self.limit, self.limit)

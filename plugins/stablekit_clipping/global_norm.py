@@ -5,14 +5,16 @@ Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural network
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
 from stablekit import hookimpl
-from stablekit.arguments import number
+from stablekit.arguments import number, one_of, plugin_name
 from stablekit.gradients import clip_factor
+from stablekit_clipping._report import report_factor
 
 if TYPE_CHECKING:
     from stablekit import Step
@@ -51,7 +53,7 @@ class GlobalNorm:
         ValueError: ``max_norm`` is not above 0, or ``norm_type`` is neither 2 nor infinity.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = stablekit.wrap(torch.optim.SGD([p], lr=1.0), GlobalNorm(1.0))
         >>> p.grad = torch.tensor([3.0, 4.0])
@@ -67,10 +69,8 @@ class GlobalNorm:
     ) -> None:
         """Check the arguments."""
         self.max_norm = number("max_norm", max_norm, above=0)
-        if norm_type not in (2, 2.0, float("inf")):
-            raise ValueError(f"norm_type must be 2.0 or infinity, got {norm_type!r}")
-        self.norm_type = float(norm_type)
-        self.name = name or "global-norm"
+        self.norm_type = one_of("norm_type", norm_type, (2.0, math.inf))
+        self.name = plugin_name(name, "global-norm")
 
     @hookimpl
     def transform_gradients(self, step: Step) -> None:
@@ -80,8 +80,8 @@ class GlobalNorm:
             norm = gradients.norm()
         else:
             norm = total_norm(gradients.amaxes(), self.norm_type)
+        # As a tensor on the host too: float32 arithmetic gives the bits of torch's own function.
         factor = clip_factor(norm, self.max_norm)
         gradients.scale_(factor)
         step.record("threshold", self.max_norm)
-        step.record("factor", factor)
-        step.record("clipped", (factor < 1).float())
+        report_factor(step, factor)

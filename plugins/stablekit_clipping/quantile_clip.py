@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from stablekit import hookimpl
-from stablekit.arguments import fraction, whole
+from stablekit.arguments import flag, fraction, plugin_name, whole
 from stablekit.gradients import clip_factor
-from stablekit.statistics import WindowQuantile
+from stablekit.statistics import LONGEST, WindowQuantile
+from stablekit_clipping._report import report_factors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,9 +33,9 @@ class QuantileClip:
     ``C_t = quantile(n_{t-h} ... n_{t-1}, q)``; ``c = min(1, C_t / (n_t + 1e-6))``; the first step
     has no threshold. The norm enters the history as it was before clipping.
 
-    ``QuantileClip(per_tensor=True, history=100)`` is where users of bitsandbytes'
-    ``percentile_clipping`` (removed in 0.50) can go: the same 100 past norms of each tensor, here
-    for any optimizer, in bf16 too, interpolated, and without the current value.
+    ``QuantileClip(0.05, per_tensor=True, history=100)`` is where users of bitsandbytes'
+    ``percentile_clipping=5`` (removed in 0.50) can go: 100 past norms of each tensor, here for any
+    optimizer, in bf16 too, interpolated between them, and without the current value.
 
     Where it differs from the reference: norms that are not finite never enter the history (there,
     one NaN makes the gradients NaN for ``history`` steps); a quantile that would rest on zero norms
@@ -43,7 +44,8 @@ class QuantileClip:
     Args:
         quantile: from 0 to 1.
         history: how many past norms count.
-        per_tensor: give every tensor its own history and threshold.
+        per_tensor: give every tensor its own history and threshold; the metric ``threshold`` is
+            then the L2 norm of them.
         name: the plugin's name in the session.
 
     Raises:
@@ -51,7 +53,7 @@ class QuantileClip:
         ValueError: An argument is out of range.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = stablekit.wrap(torch.optim.SGD([p], lr=1.0), QuantileClip(0.5))
         >>> for g in (1.0, 3.0, 9.0):
@@ -73,9 +75,9 @@ class QuantileClip:
     ) -> None:
         """Check the arguments and start with empty histories."""
         self.quantile = fraction("quantile", quantile, closed=True)
-        self.history = whole("history", history, at_least=1)
-        self.per_tensor = bool(per_tensor)
-        self.name = name or "quantile-clip"
+        self.history = whole("history", history, at_least=1, at_most=LONGEST)
+        self.per_tensor = flag("per_tensor", per_tensor)
+        self.name = plugin_name(name, "quantile-clip")
         self._window = WindowQuantile(self.quantile, history=self.history)
         self._thresholds = torch.zeros(0)
 
@@ -93,8 +95,7 @@ class QuantileClip:
         factors = clip_factor(norms, self._thresholds)
         gradients.scale_(factors if self.per_tensor else factors[0])
         step.record("threshold", torch.linalg.vector_norm(self._thresholds))
-        step.record("factor", factors.min())
-        step.record("clipped", (factors < 1).float().mean())
+        report_factors(step, factors)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the histories, oldest first, by parameter name (``"all"`` for the global one)."""
@@ -104,9 +105,10 @@ class QuantileClip:
         """Continue from saved histories.
 
         Raises:
+            TypeError: The histories do not map names to tensors.
             ValueError: A history is not a vector of finite norms.
         """
-        self._window.load_state_dict(state["histories"])
+        self._window.load_state_dict(state["histories"], field="histories")
 
     def _counts(self, step: Step, norms: Tensor, present: Tensor) -> Tensor:
         return step.learning & norms.isfinite() & present.to(norms.device)

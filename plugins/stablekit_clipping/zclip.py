@@ -1,6 +1,6 @@
 """Clipping gradient norms that stand out from their own running statistics.
 
-Kumar, Kasa, et al.: ZClip: Adaptive Spike Mitigation for LLM Pre-Training (arXiv 2504.02507).
+Kumar et al.: ZClip: Adaptive Spike Mitigation for LLM Pre-Training (arXiv 2504.02507).
 """
 
 from __future__ import annotations
@@ -8,32 +8,31 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, final
 
-import torch
-from torch import Tensor
-
 from stablekit import hookimpl
-from stablekit.arguments import choice, fraction, number, whole
+from stablekit.arguments import choice, flag, fraction, number, plugin_name, whole
+from stablekit.scalars import invert, is_finite, like, minimum, ratio, sqrt, where
 from stablekit.statistics import RunningMoments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stablekit import Step
+    from stablekit.scalars import Flag, Scalar
 
 __all__ = ["ZClip", "zclip_threshold"]
 
 
 def zclip_threshold(
-    norm: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    norm: Scalar,
+    mean: Scalar,
+    std: Scalar,
     *,
     z_thresh: float,
     mode: str = "zscore",
     clip_option: str = "adaptive_scaling",
     clip_factor: float = 1.0,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Flag, Scalar]:
     """Return whether a norm is a spike, and the norm to clip it to if it is.
 
     With ``z = (n - mean) / (std + eps)`` a spike is ``z > z_thresh``, clipped to
@@ -41,7 +40,7 @@ def zclip_threshold(
     in mode "percentile" a spike is ``n > mean + z_thresh * std``, clipped to that.
 
     Args:
-        norm: the gradient norm, 0-dim; so are ``mean`` and ``std`` of the norms before it.
+        norm: the gradient norm, a float or a 0-dim tensor; likewise ``mean`` and ``std``.
         mean: mean of past norms.
         std: their standard deviation.
         z_thresh: how many standard deviations are too many.
@@ -51,19 +50,17 @@ def zclip_threshold(
         eps: guards the division.
 
     Example:
-        >>> spike, target = zclip_threshold(
-        ...     torch.tensor(5.0), torch.tensor(1.0), torch.tensor(0.5), z_thresh=2.0
-        ... )
-        >>> bool(spike), round(target.item(), 4)
+        >>> spike, target = zclip_threshold(5.0, 1.0, 0.5, z_thresh=2.0, eps=0.0)
+        >>> spike, round(target, 4)
         (True, 1.25)
     """
     if mode == "percentile":
         limit = mean + z_thresh * std
         return norm > limit, limit
-    z = (norm - mean) / (std + eps)
+    z = ratio(norm - mean, std + eps)
     if clip_option == "mean":
         return z > z_thresh, mean
-    return z > z_thresh, (mean + z_thresh * std / (z / z_thresh)) * clip_factor
+    return z > z_thresh, (mean + ratio(std * z_thresh**2, z)) * clip_factor
 
 
 @final
@@ -79,9 +76,10 @@ class ZClip:
     ``max_grad_norm=1`` hides the adaptive part while the mean norm is above 1.
 
     Where it differs from the package: a norm that is not finite never enters the statistics (there,
-    one NaN, or one Inf in warm-up, switches adaptive clipping off for good); a zero norm does not
-    count towards the warm-up, and a run of zero norms enters the averages once; the norm does not
-    depend on the first parameter's dtype; statistics are saved with the optimizer.
+    one NaN, or one Inf in warm-up, switches adaptive clipping off for good); a zero norm enters
+    only while zeros make up at most half of the mean (there, a warm-up of zeros, or a long run of
+    them, takes the mean to 0 and every later gradient with it); the norm does not depend on the
+    first parameter's dtype; statistics are saved with the optimizer.
 
     Args:
         z_thresh: z-score above which a norm is a spike, above 0.
@@ -100,7 +98,7 @@ class ZClip:
         ValueError: An argument is out of range.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.zeros(1))
         >>> plugin = ZClip(warmup_steps=4, max_grad_norm=None)
         >>> optimizer = stablekit.wrap(torch.optim.SGD([p], lr=1.0), plugin)
@@ -138,20 +136,20 @@ class ZClip:
         self.mode = choice("mode", mode, ("zscore", "percentile"))
         self.clip_option = choice("clip_option", clip_option, ("adaptive_scaling", "mean"))
         self.clip_factor = number("clip_factor", clip_factor, above=0)
-        self.skip_update_on_spike = bool(skip_update_on_spike)
-        self.name = name or "zclip"
+        self.skip_update_on_spike = flag("skip_update_on_spike", skip_update_on_spike)
+        self.name = plugin_name(name, "zclip")
         self._moments = RunningMoments(warmup=self.warmup_steps, alpha=self.alpha)
-        self._was_zero = torch.zeros((), dtype=torch.bool)
-        self._before = (torch.zeros((), dtype=torch.bool), torch.zeros(()), torch.zeros(()))
+        self._zeros: Scalar = 0.0
+        self._before: tuple[Flag, Scalar, Scalar] = (False, 0.0, 0.0)
 
     @hookimpl
     def transform_gradients(self, step: Step) -> None:
         """Clip a spike, then let the statistics follow."""
-        gradients = step.gradients
-        norm = gradients.norm()
+        norm = step.scalar(step.gradients.norm())
         if step.evaluation == 0:
-            self._moments.to(norm.device)
-            self._before = self._moments.ready, self._moments.mean, self._moments.var.sqrt()
+            self._moments.align(norm)
+            self._zeros = like(self._zeros, norm)
+            self._before = self._moments.ready, self._moments.mean, sqrt(self._moments.var)
         ready, mean, std = self._before
         is_spike, target = zclip_threshold(
             norm,
@@ -165,38 +163,40 @@ class ZClip:
         )
         is_spike = is_spike & ready
         if step.evaluation == 0:
-            self._learn(norm, is_spike, target, step.learning)
+            self._learn(norm, is_spike, target, step.flag(step.learning))
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        allowed = torch.where(is_spike, target, math.inf).clamp(max=limit)
-        factor = torch.where(norm > allowed, allowed / (norm + 1e-6), 1.0)
-        factor = torch.where(norm.isposinf(), 0.0, factor)
-        gradients.scale_(factor)
-        warned = torch.where(ready, mean + self.z_thresh * (std + self.eps), math.inf)
-        step.record("threshold", warned.clamp(max=limit))
+        allowed = minimum(where(is_spike, target, math.inf), limit)
+        factor = where(norm > allowed, ratio(allowed, norm + 1e-6), 1.0)
+        factor = where(norm == math.inf, 0.0, factor)
+        step.gradients.scale_(factor)
+        alarm = mean + (std if self.mode == "percentile" else std + self.eps) * self.z_thresh
+        step.record("threshold", minimum(where(ready, alarm, math.inf), limit))
         step.record("factor", factor)
-        step.record("clipped", (factor < 1).float())
+        step.record("clipped", factor < 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return count, mean and variance of the norms."""
-        return {**self._moments.state_dict(), "was_zero": bool(self._was_zero)}
+        """Return count, mean and variance of the norms, and the share of zeros in the mean."""
+        return {**self._moments.state_dict(), "zeros": float(self._zeros)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from saved statistics.
 
         Raises:
-            ValueError: A field is missing or not a finite number.
+            TypeError: A field is not a number.
+            ValueError: A field is not finite, or is negative.
         """
-        if not isinstance(state["was_zero"], bool):
-            raise ValueError(f"was_zero must be a bool, got {state['was_zero']!r}")
+        zeros = number("zeros", state["zeros"], at_least=0)
+        number("mean", state["mean"], at_least=0)
         self._moments.load_state_dict(state)
-        self._was_zero = torch.tensor(state["was_zero"])
+        self._zeros = zeros
 
-    def _learn(self, norm: Tensor, is_spike: Tensor, target: Tensor, learning: Tensor) -> None:
-        ready = self._before[0]
+    def _learn(self, norm: Scalar, is_spike: Flag, target: Scalar, learning: Flag) -> None:
         is_zero = norm == 0
-        tells = ~is_zero | (ready & ~self._was_zero.to(norm.device))
-        when = learning & norm.isfinite() & tells
-        self._was_zero = torch.where(learning, is_zero, self._was_zero.to(norm.device))
+        in_warmup = self._zeros + is_zero * (1.0 / self.warmup_steps)
+        after = self._zeros * self.alpha + is_zero * (1.0 - self.alpha)
+        zeros = where(self._before[0], after, in_warmup)
+        when = learning & is_finite(norm) & invert(is_zero & (zeros > 0.5))
         if self.skip_update_on_spike:
-            when = when & ~is_spike
-        self._moments.update(torch.where(is_spike, target, norm), when=when)
+            when = when & invert(is_spike)
+        self._moments.update(where(is_spike, target, norm), when=when)
+        self._zeros = where(when, zeros, self._zeros)

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from stablekit import hookimpl
-from stablekit.arguments import whole
+from stablekit.arguments import plugin_name, whole
 from stablekit.errors import NonFiniteError
+from stablekit.scalars import invert, is_finite, where
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stablekit import Step
+    from stablekit.scalars import Scalar
 
 __all__ = ["NonFiniteGuard"]
 
@@ -37,7 +39,7 @@ class NonFiniteGuard:
         ValueError: It is below 1.
 
     Example:
-        >>> import stablekit
+        >>> import torch, stablekit
         >>> p = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = stablekit.wrap(torch.optim.AdamW([p]), NonFiniteGuard())
         >>> p.grad = torch.tensor([1.0, float("nan")])
@@ -51,22 +53,21 @@ class NonFiniteGuard:
     def __init__(self, *, max_consecutive: int = 20, name: str | None = None) -> None:
         """Check the limit."""
         self.max_consecutive = whole("max_consecutive", max_consecutive, at_least=1)
-        self.name = name or "nonfinite-guard"
-        self._in_a_row = torch.zeros((), dtype=torch.int64)
-        self._total = torch.zeros((), dtype=torch.int64)
+        self.name = plugin_name(name, "nonfinite-guard")
+        self._in_a_row: Scalar = 0
+        self._total: Scalar = 0
 
     @hookimpl
     def observe_gradients(self, step: Step) -> None:
         """Skip where the global norm is not finite."""
-        norm = step.gradients.raw_norm()
-        is_bad = ~norm.isfinite() & step.ok
-        in_a_row, total = self._in_a_row.to(norm.device), self._total.to(norm.device)
-        self._in_a_row = torch.where(step.ok, (in_a_row + 1) * is_bad, in_a_row)
-        self._total = total + is_bad
+        norm, ok = step.scalar(step.gradients.raw_norm()), step.flag(step.ok)
+        is_bad = invert(is_finite(norm)) & ok
+        self._in_a_row = where(ok, (self._in_a_row + 1) * is_bad, self._in_a_row)
+        self._total = self._total + is_bad
         step.record("skipped", self._total)
-        if step.session.host and not bool(is_bad):
+        if is_bad is False:
             return
-        step.defer(partial(self._check, step.number), self._in_a_row)
+        step.defer(partial(self._check, step.number), torch.as_tensor(self._in_a_row))
         step.skip(
             "the gradients are not finite",
             when=is_bad,
@@ -85,7 +86,7 @@ class NonFiniteGuard:
             ValueError: A count is negative.
         """
         in_a_row, total = whole("in_a_row", state["in_a_row"]), whole("total", state["total"])
-        self._in_a_row, self._total = torch.tensor(in_a_row), torch.tensor(total)
+        self._in_a_row, self._total = in_a_row, total
 
     def _check(self, number: int, in_a_row: int) -> None:
         if in_a_row > self.max_consecutive:

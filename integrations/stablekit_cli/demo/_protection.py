@@ -125,8 +125,7 @@ class Wrapped:
         return Reading(
             grad_norm=metrics["grad_norm"],
             threshold=_smallest(metrics, "/threshold"),
-            # A skipped step runs no clipper, so its metrics are those of the step before.
-            clipped=0.0 if skipped else max(clipped, default=0.0),
+            clipped=max(clipped, default=0.0),
             skipped=skipped,
             incidents=self._news(),
         )

@@ -1,0 +1,1 @@
+"""Measurements of what stablekit costs, side by side with what it replaces."""
