@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from stablekit.events import Event
     from stablekit.step import Step
 
-__all__ = ["Plugin", "hookimpl", "hookspec"]
+__all__ = ["HOOKS", "Plugin", "hookimpl", "hooks_of", "hookspec"]
 
 hookspec = pluggy.HookspecMarker("stablekit")
 hookimpl = pluggy.HookimplMarker("stablekit")

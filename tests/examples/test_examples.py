@@ -1,0 +1,71 @@
+"""Every program in ``examples/``: short, linked from the README, and it runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def packages(example: Path) -> set[str]:
+    """Return the packages that a program imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(example.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_there_is_an_example_for_each_way_to_train() -> None:
+    names = {example.stem for example in EXAMPLES}
+    assert names >= {"plain_loop", "hf_trainer", "lightning_trainer", "trl_sft"}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_read_at_a_glance(example: Path) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 60
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_no_example_hides_a_package_of_its_own_name(example: Path) -> None:
+    # Its folder comes first on the path of the program: `import lightning` in lightning.py ...
+    assert importlib.util.find_spec(example.stem) is None
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_readme_links_to_an_example(example: Path) -> None:
+    assert f"(examples/{example.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_prints_what_the_plugins_did(example: Path, tmp_path: Path) -> None:
+    missing = sorted(p for p in packages(example) if importlib.util.find_spec(p) is None)
+    if missing:
+        pytest.skip(f"{example.name} needs {', '.join(missing)}")
+    run = subprocess.run(
+        [sys.executable, str(example)],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",  # the tests share the machine
+            "HF_HUB_OFFLINE": "1",  # and nothing is downloaded
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"[1-9]\d* skipped", run.stdout)
+    assert "zclip" in run.stdout
