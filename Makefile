@@ -16,7 +16,7 @@ demo: $(STAMP) ## Train a small language model with and without protection (opti
 	$(BIN)/stablekit demo $(ARGS)
 
 test: lint ## Run everything that CI runs (options for pytest: ARGS="-k zclip")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Check style, types and import contracts
 	$(BIN)/ruff check

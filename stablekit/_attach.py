@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Module
 from torch.optim import Optimizer
 
+from stablekit._layout import parameters_of
 from stablekit._seats import Seats
 from stablekit._session import Session
 from stablekit._specs import resolve
@@ -72,6 +74,8 @@ def attach(
     """
     if log_every is not None and (not isinstance(log_every, int) or log_every < 0):
         raise ValueError(f"log_every must be an integer of at least 0, got {log_every!r}")
+    if model is not None and not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not given:
         raise AttachError("there is no optimizer in the list to attach to")
@@ -80,6 +84,7 @@ def attach(
         _refuse_second(one)
     if len({id(one) for one in optimizers}) < len(optimizers):
         raise AttachError("an optimizer is in the list twice; list each of them once")
+    _refuse_shared(optimizers)
     seats = Seats(resolve(plugins))
     _warn_of_lost_state(optimizers, seats)
     return Session(
@@ -160,6 +165,15 @@ def _attached(optimizer: Optimizer) -> Session | None:
         if isinstance(wire, Wire):
             return wire.session
     return None
+
+
+def _refuse_shared(optimizers: list[Optimizer]) -> None:
+    params = [id(param) for param in parameters_of(optimizers)]
+    if len(params) != len(set(params)):
+        raise AttachError(
+            "a parameter is held twice by the optimizers of this session: its gradient would count"
+            " and be scaled twice. Give every parameter to one optimizer"
+        )
 
 
 def _refuse_second(optimizer: Optimizer) -> None:

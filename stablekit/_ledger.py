@@ -164,6 +164,13 @@ class Ledger:
         self.factor = self.memory.unscale = None
         self.unit_factors = {}
 
+    def kernel_wrote(self) -> None:
+        """Note that a fused kernel multiplied by what was left to it, and wrote that to memory."""
+        if self.dry_run:
+            self.memory.unscale = None if not self._left_memory else self.memory.unscale
+        else:
+            self.was_written()
+
     def was_edited(self, positions: Iterable[int]) -> None:
         """Note that elements of these tensors changed in memory: read them again when asked."""
         for i in positions:

@@ -29,6 +29,10 @@ class Mail:
         else:
             self._waiting.append((receive, tuple(tensor.detach() for tensor in tensors)))
 
+    def drop(self) -> None:
+        """Forget what waits: it is about a run that is given up for a loaded one."""
+        self._waiting = []
+
     @property
     def is_full(self) -> bool:
         """Whether so much waits that it should be read although nobody asked."""

@@ -47,6 +47,8 @@ def refuse(moment: Round, ledger: Ledger) -> None:
     Raises:
         NonFiniteError: The global norm is NaN or infinite.
     """
+    if moment.session.dry_run:
+        return
     moment.session.mail.send(partial(_stop, moment.number, moment.evaluation), ledger.raw_norm())
 
 

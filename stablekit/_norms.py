@@ -6,6 +6,7 @@ import functools
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def _on_one_device(tensors: list[Tensor]) -> Tensor:
         parts.append(torch.stack(torch._foreach_norm(short)))
     if plan.long:
         parts.append(torch.stack([_long_norm(tensors[i]) for i in plan.long]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)[plan.order]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.from_numpy(plan.order)]
 
 
 class _Plan(NamedTuple):
@@ -72,7 +73,7 @@ class _Plan(NamedTuple):
     rows: list[list[int]]
     short: list[int]
     long: list[int]
-    order: Tensor
+    order: np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,7 +89,7 @@ def _plan(sizes: tuple[int, ...], dims: tuple[int, ...], limit: int) -> _Plan:
     short = [i for i in alone if sizes[i] <= limit]
     long = [i for i in alone if sizes[i] > limit]
     together = [i for row in rows for i in row] + short + long
-    return _Plan(rows, short, long, torch.tensor(together).argsort())
+    return _Plan(rows, short, long, np.argsort(together))
 
 
 def _row_norms(vectors: list[Tensor]) -> Tensor:
@@ -139,8 +140,13 @@ def joined_any(flags: Tensor, sizes: tuple[int, ...]) -> list[bool]:
     return [count > 0 for count in counts.tolist()]
 
 
-@functools.lru_cache(maxsize=64)
 def _owner(sizes: tuple[int, ...], home: torch.device) -> Tensor:
     """Return, for each element of joined vectors, the number of the vector it is from."""
-    repeats = torch.tensor(sizes, device=home)
-    return torch.repeat_interleave(repeats, output_size=sum(sizes))
+    return torch.from_numpy(_repeats(sizes)).to(home, non_blocking=True)
+
+
+# Arrays, not tensors, are kept between calls: a tensor made under another default device or mode
+# would come back where it does not belong.
+@functools.lru_cache(maxsize=64)
+def _repeats(sizes: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.repeat(np.arange(len(sizes)), sizes)

@@ -145,6 +145,8 @@ class Round:
         """Close the step: projections, metrics, and let the gradients go."""
         ledger = self.ledger
         assert ledger is not None
+        if self.amp.fused and self.lent_scale is not None and not self.skipped:
+            ledger.kernel_wrote()
         if not self.skipped and not self.session.dry_run:
             self._fire("after_update")
         self._record_norms(ledger)

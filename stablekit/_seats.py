@@ -158,6 +158,17 @@ class Seats:
 
 def _check_hooks(plugin: Plugin) -> None:
     """Have pluggy verify names and arguments of a plugin's hooks."""
+    unmarked = [
+        name
+        for name in HOOKS
+        if callable(getattr(plugin, name, None))
+        and not hasattr(getattr(plugin, name), "stablekit_impl")
+    ]
+    if unmarked:
+        raise HookError(
+            f"plugin {plugin.name!r} has a method {unmarked[0]} without @stablekit.hookimpl, which"
+            " would never be called; mark it, or give it another name"
+        )
     manager = pluggy.PluginManager("stablekit")
     manager.add_hookspecs(hookspecs)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any, final
 
@@ -16,6 +17,7 @@ from stablekit._pace import Pace
 from stablekit._sharding import all_reduce
 from stablekit._summary import summarize
 from stablekit._torch_hooks import Wire
+from stablekit.errors import NoEffectWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -78,17 +80,36 @@ class Session:
         self._observed: list[Tensor] = []
         self._overheard: list[Tensor] = []
         self._batch: Any = None
-        on_host = self.current_layout()[0].device.type == "cpu"
+        layout, _ = self.current_layout()
+        on_host = layout.device.type == "cpu"
         self.host = on_host if device_mode is None else not device_mode
         self.log_every = (1 if on_host else 10) if log_every is None else log_every
         self.mail = Mail(host=self.host)
         self._pace = Pace(self)
+        self._wires: list[Wire] = []
+        self._handles: list[RemovableHandle] = []
+        self.seats.settle(layout)
+        try:
+            self._wire_up()
+        except BaseException:
+            self._cut()
+            raise
+
+    def _wire_up(self) -> None:
+        if self.model is not None:
+            self._check_model(self.model)
+            self._handles.append(self.model.register_forward_hook(self._overhear))
         self._wires = [Wire(self._pace, optimizer) for optimizer in self.optimizers]
-        self._handles: list[RemovableHandle] = _state.register(self)
-        if model is not None:
-            self._handles.append(model.register_forward_hook(self._overhear))
-        self.seats.settle(self.current_layout()[0])
+        self._handles += _state.register(self)
         self.seats.attached(self)
+
+    def _cut(self) -> None:
+        for wire in self._wires:
+            wire.cut()
+        for handle in self._handles:
+            handle.remove()
+        self._wires, self._handles = [], []
+        self._batch = None
 
     @property
     def plugins(self) -> dict[str, Plugin]:
@@ -115,6 +136,8 @@ class Session:
         Raises:
             ValueError: The loss is not a scalar.
         """
+        if self.is_paused:
+            return
         if loss is not None:
             self._observed.append(_scalar(loss))
         if batch is not None:
@@ -181,13 +204,16 @@ class Session:
         """Leave the optimizer exactly as it was; a second call does nothing."""
         if not self._wires:
             return
-        self.mail.collect()
-        for wire in self._wires:
-            wire.cut()
-        for handle in self._handles:
-            handle.remove()
-        self._wires, self._handles = [], []
-        self.seats.detached(self)
+        try:
+            self.mail.collect()
+        finally:
+            self._cut()
+            self.seats.detached(self)
+
+    def __repr__(self) -> str:
+        """Show the optimizers and the plugins."""
+        optimizers = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+        return f"Session({optimizers}; {', '.join(self.plugins) or 'no plugin'})"
 
     def __enter__(self) -> Session:
         """Return the session; leaving the block detaches it."""
@@ -205,7 +231,8 @@ class Session:
     def current_layout(self) -> tuple[Layout, list[Tensor]]:
         """Return the parameters the optimizers hold now; FSDP2 may have swapped them."""
         params = parameters_of(self.optimizers)
-        identity = tuple(map(id, params))
+        groups = [len(group["params"]) for one in self.optimizers for group in one.param_groups]
+        identity = (*map(id, params), *map(Tensor.numel, params), *groups)
         if self._layout is None or identity != self._identity:
             self._layout = layout_of(self.optimizers, self.model)
             self._identity = identity
@@ -219,7 +246,7 @@ class Session:
 
     def saw_loss(self, loss: Tensor, *, instead: bool = False) -> None:
         """Note a loss that nobody passed to :meth:`observe`, perhaps instead of those before."""
-        if loss.numel() == 1:
+        if loss.numel() == 1 and not self.is_paused:
             self._overheard = [*([] if instead else self._overheard), _scalar(loss)]
 
     def count_skip(self) -> None:
@@ -236,6 +263,7 @@ class Session:
         if not moment.skipped:
             self.updates += 1
         moment.end()
+        self._batch = None
         is_due = self.log_every and self.number % self.log_every == 0
         if is_due or self.mail.is_full:
             self.mail.collect()
@@ -251,6 +279,18 @@ class Session:
         self._events.clear()
         self._events.extend(events)
 
+    def _check_model(self, model: nn.Module) -> None:
+        names = {id(param) for param in model.parameters()}
+        params = parameters_of(self.optimizers)
+        if params and names.isdisjoint(map(id, params)):
+            warnings.warn(
+                f"none of the optimizer's {len(params)} parameters is in the model given"
+                f" ({type(model).__name__}), so they have no names; is it the model this optimizer"
+                " was made from?",
+                NoEffectWarning,
+                stacklevel=4,
+            )
+
     def _overhear(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401 - any model output
         loss = getattr(output, "loss", None)
         if module.training and isinstance(loss, Tensor) and loss.requires_grad:
@@ -258,7 +298,7 @@ class Session:
 
 
 def _scalar(loss: Tensor | float) -> Tensor:
-    value = loss.detach() if isinstance(loss, Tensor) else Tensor([loss])
+    value = loss.detach().clone() if isinstance(loss, Tensor) else Tensor([loss])
     if value.numel() != 1:
         raise ValueError(f"loss must be a scalar, got a tensor of shape {list(value.shape)}")
     return value.reshape(())

@@ -13,7 +13,14 @@ from stablekit.hookspecs import Plugin
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
+_WORDS = {
+    "true": True,
+    "false": False,
+    "none": None,
+    "null": None,
+    "inf": float("inf"),
+    "nan": float("nan"),
+}
 _SELECTION = ("include", "exclude", "groups")
 
 
@@ -58,20 +65,29 @@ def _resolve(spec: Any) -> Iterator[tuple[Plugin, Selection | None]]:  # noqa: A
             yield create(name, **arguments), None
     elif isinstance(spec, Mapping):
         yield _from_mapping(spec)
-    elif isinstance(spec, Plugin) and not isinstance(spec, type):
+    elif isinstance(spec, (list, tuple)):
+        yield from resolve(spec)
+    elif isinstance(spec, type):
+        raise TypeError(
+            f"a plugin is given as an instance: write {spec.__name__}(...), not the class"
+        )
+    elif isinstance(spec, Plugin):
         if not isinstance(spec.name, str) or not spec.name:
             raise TypeError(f"a plugin's name must be a non-empty string, got {spec.name!r}")
         yield spec, None
     else:
         raise TypeError(
             "a plugin is given as an instance with a name, as 'name', as 'name:key=value', or as"
-            f" {{'name': {{...}}}}; got {spec!r}"
+            f" {{'name': {{...}}}}; got {spec!r}, which has no attribute name"
         )
 
 
 def _from_mapping(spec: Mapping[Any, Any]) -> tuple[Plugin, Selection | None]:
     if len(spec) != 1:
-        raise ValueError(f"a plugin mapping has one entry, name: arguments; got {dict(spec)!r}")
+        raise ValueError(
+            "a plugin mapping has one entry, as {'zclip': {'z_thresh': 3.0}}; several plugins are a"
+            f" list of mappings; got {dict(spec)!r}"
+        )
     ((name, given),) = spec.items()
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"arguments of plugin {name!r} must be a mapping, got {given!r}")

@@ -54,6 +54,7 @@ def load(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
 
 def take_over(session: Session, state: Mapping[str, Any]) -> None:
     """Continue from a state that :func:`check` accepted."""
+    session.mail.drop()
     for name, plugin in session.plugins.items():
         if name in state["plugins"]:
             _load_plugin(plugin, state["plugins"][name]["state"])
@@ -140,7 +141,7 @@ def _state_of(plugin: Plugin) -> dict[str, Any]:
 def _plain(value: Any, path: str) -> Any:  # noqa: ANN401 - any state value
     """Return a value that ``torch.load(weights_only=True)`` accepts, tensors on the CPU."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().cpu().clone()
     if isinstance(value, dict):
         return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -192,8 +193,23 @@ def _compare(session: Session, saved: Mapping[str, Any]) -> None:
         before = saved.get(name, {}).get("settings", {})
         now = settings(plugin)
         changed = [key for key in now if key in before and before[key] != now[key]]
-        said += [f"{name}.{key} is {now[key]!r}, was {before[key]!r}" for key in changed]
+        said += [f"{name}.{key} stays {now[key]!r}, was {before[key]!r}" for key in changed]
+        said += _strangers(name, saved.get(name, {}).get("state", {}), session)
     if said:
         warnings.warn(
-            f"checkpoint of another set of plugins: {'; '.join(said)}", StateWarning, stacklevel=5
+            f"the checkpoint is of another session: {'; '.join(said)}", StateWarning, stacklevel=5
         )
+
+
+def _strangers(plugin: str, state: Mapping[str, Any], session: Session) -> list[str]:
+    """Say which saved values belong to parameters that nobody here knows by that name."""
+    known = {*session.current_layout()[0].names, "all"}
+    tables = [table for table in state.values() if isinstance(table, dict)]
+    names = {name for table in tables for name in table}
+    lost = sorted(names - known)
+    if not lost:
+        return []
+    return [
+        f"{plugin} has state of {len(lost)} of {len(names)} parameters that are unknown here"
+        f" ({lost[0]}); attach with the same model= as when it was saved"
+    ]

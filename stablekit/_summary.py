@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stablekit._session import Session
 
+_SHOWN = 6
+
 
 def summarize(session: Session) -> str:
     """Return counters, then one row a plugin, then the latest events."""
@@ -34,7 +36,9 @@ def summarize(session: Session) -> str:
             for row in rows
         ),
     ]
-    for event in session.events[-5:]:
+    if len(session.events) > _SHOWN:
+        lines.append(f"the last {_SHOWN} events of session.events:")
+    for event in session.events[-_SHOWN:]:
         said = f"step {event.step}: {event.kind}"
         lines.append(f"{said}{': ' + event.message if event.message else ''}")
     return "\n".join(lines)

@@ -57,13 +57,17 @@ class Wire:
         self._withheld: Withheld | None = None
         self._books: Bookkeeping | None = None
         self._ignored = False
+        self._is_leaving = False
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
     def cut(self) -> None:
-        """Remove the hooks and give back what a broken-off step left."""
+        """Remove the hooks and give back what is lent; within a step, when that step is over."""
+        self._is_leaving = True
+        if self._depth and _is_running(self._frame):
+            return
         self._give_back()
         self._frame = None
         for handle in self._handles:
@@ -96,7 +100,9 @@ class Wire:
             return
         self._frame = None
         self._give_back()
-        if not self._ignored:
+        if self._is_leaving:
+            self.cut()
+        elif not self._ignored:
             self.pace.finish(self.optimizer)
 
     def _apply(self, moment: Round, args: Any, kwargs: Any) -> _Call | None:  # noqa: ANN401 - any call

@@ -80,7 +80,7 @@ def create(name: str, /, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin'
     if name in PRESETS and name not in points:
         parts = ", ".join(PRESETS[name])
         raise UnknownPluginError(
-            f"{name!r} is a preset of {parts}; give it to attach, or create those"
+            f"{name!r} is a preset of {parts}, without arguments of its own; list those instead"
         )
     if name not in points:
         raise UnknownPluginError(_unknown(name, sorted([*points, *PRESETS])))
@@ -89,10 +89,21 @@ def create(name: str, /, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin'
     try:
         signature.bind(**kwargs)
     except TypeError as error:
-        known = ", ".join(signature.parameters)
-        raise TypeError(f"plugin {name!r}: {error}; its arguments are {known}") from None
-    plugin: Plugin = factory(**kwargs)
+        raise TypeError(f"plugin {name!r}: {error}{_hint(kwargs, signature)}") from None
+    try:
+        plugin: Plugin = factory(**kwargs)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"plugin {name!r}: {error}") from error
     return plugin
+
+
+def _hint(kwargs: dict[str, Any], signature: inspect.Signature) -> str:
+    known = list(signature.parameters)
+    near = [difflib.get_close_matches(key, known, n=1) for key in kwargs if key not in known]
+    guess = f"; did you mean {near[0][0]}?" if near and near[0] else ""
+    if {"include", "exclude", "groups"} & kwargs.keys():
+        guess = "; which parameters it sees is said with stablekit.only(...), not to the plugin."
+    return f"{guess} Its arguments are {', '.join(known)}."
 
 
 def _points() -> dict[str, EntryPoint]:
@@ -116,5 +127,5 @@ def _info(point: EntryPoint) -> PluginInfo:
 
 def _unknown(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=2)
-    guess = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    guess = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
     return f"no installed plugin is named {name!r}{guess} Known are: {', '.join(known)}."

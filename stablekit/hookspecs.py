@@ -68,11 +68,11 @@ class Plugin(Protocol):
     """What every plugin has: a name. Everything else is optional.
 
     Optional are the hooks below; ``state_dict()`` / ``load_state_dict(state)`` for what must travel
-    in a checkpoint (plain numbers, strings, lists and CPU tensors); a tuple ``needs`` naming the
-    reads the plugin makes of every step beyond gradient norms (``"unit_norms"``,
-    ``"weight_unit_norms"``), so that one sweep and one reduction can serve all plugins; a string
-    ``cost`` for the catalogue; and a class method ``example()`` that returns an instance for the
-    conformance checks where the constructor has required arguments.
+    in a checkpoint (plain numbers, strings, lists and CPU tensors, under the same keys at all
+    times); a tuple ``needs`` naming the reads the plugin makes of every step's gradients beyond
+    their norms (``"unit_norms"``, ``"weight_unit_norms"``), so that one sweep can serve all
+    plugins; a string ``cost`` for the catalogue; and a class method ``example()`` that returns an
+    instance for the conformance checks where the constructor has required arguments.
     """
 
     name: str

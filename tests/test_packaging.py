@@ -162,9 +162,12 @@ def test_extra_all_is_every_extra_for_users() -> None:
 
 def test_import_contracts_name_every_package() -> None:
     assert sorted(PYPROJECT["tool"]["importlinter"]["root_packages"]) == PACKAGE_NAMES
-    (independent,) = contracts("independence")
-    assert sorted(independent["modules"]) == PLUGIN_PACKAGES
-    core, plugins, private = contracts("forbidden")
+    plugins_apart, adapters_apart = contracts("independence")
+    assert sorted(plugins_apart["modules"]) == PLUGIN_PACKAGES
+    assert sorted(adapters_apart["modules"]) == ADAPTER_PACKAGES
+    core, plugins, adapters, private = contracts("forbidden")
+    assert sorted([*adapters["source_modules"], "stablekit_cli"]) == ADAPTER_PACKAGES
+    assert sorted(adapters["forbidden_modules"]) == PLUGIN_PACKAGES
     assert core["source_modules"] == ["stablekit"]
     assert sorted(core["forbidden_modules"]) == sorted(PLUGIN_PACKAGES + ADAPTER_PACKAGES)
     assert sorted(plugins["source_modules"]) == PLUGIN_PACKAGES

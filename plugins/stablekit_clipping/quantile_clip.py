@@ -86,7 +86,7 @@ class QuantileClip:
         """Clip at the quantile of the history, then take the norms into it."""
         gradients = step.gradients
         rows: tuple[str, ...] = _ROW
-        norms, present = gradients.norm().view(1), torch.ones((), dtype=torch.bool)
+        norms, present = gradients.norm().view(1), step.learning
         if self.per_tensor:
             rows, norms, present = gradients.names, gradients.norms(), gradients.present
         if step.evaluation == 0:

@@ -67,7 +67,8 @@ class NonFiniteGuard:
         step.record("skipped", self._total)
         if is_bad is False:
             return
-        step.defer(partial(self._check, step.number), torch.as_tensor(self._in_a_row))
+        if not step.session.dry_run:
+            step.defer(partial(self._check, step.number), torch.as_tensor(self._in_a_row))
         step.skip(
             "the gradients are not finite",
             when=is_bad,
@@ -91,8 +92,8 @@ class NonFiniteGuard:
     def _check(self, number: int, in_a_row: int) -> None:
         if in_a_row > self.max_consecutive:
             raise NonFiniteError(
-                f"gradients are not finite for the {int(in_a_row)}th step in a row, at step"
-                f" {number}; {self.max_consecutive} may be skipped (max_consecutive). The"
+                f"gradients are not finite for {int(in_a_row)} steps in a row, up to step {number};"
+                f" {self.max_consecutive} may be skipped (max_consecutive). The"
                 " parameters are as before the first of them: lower the learning rate, look at the"
                 " tensors the events name, or resume from a checkpoint."
             )

@@ -103,14 +103,15 @@ def window_quantile(values: Tensor, counts: Tensor, quantile: float) -> Tensor:
     """
     ordered = values.sort(dim=1).values
     zeros = (values == 0).sum(dim=1)
-    plain = (counts - 1) * quantile
-    above = zeros + (counts - zeros - 1) * quantile
+    exact = counts.double()
+    plain = (exact - 1) * quantile
+    above = zeros + (exact - zeros - 1) * quantile
     place = torch.where(plain.floor() < zeros, above, plain).clamp(min=0)
     low = place.floor().long().clamp(max=values.shape[1] - 1)
     high = torch.minimum(low + 1, (counts.long() - 1).clamp(min=0))
     a = ordered.gather(1, low.unsqueeze(1)).squeeze(1)
     b = ordered.gather(1, torch.maximum(low, high).unsqueeze(1)).squeeze(1)
-    between = torch.where(a.isinf(), a, a + (b - a) * (place - place.floor()))
+    between = torch.where(a.isinf(), a, a + (b - a) * (place - place.floor()).float())
     return torch.where(counts > zeros, between, math.inf)
 
 

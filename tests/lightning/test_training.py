@@ -164,7 +164,7 @@ def test_the_guard_ends_a_fit_in_which_every_step_is_bad_and_the_optimizer_is_fr
 
     module = KeepsIt(dict.fromkeys(range(8), math.nan))
     callback = StableKitCallback("nonfinite-guard:max_consecutive=3")
-    with pytest.raises(NonFiniteError, match="4th step in a row"):
+    with pytest.raises(NonFiniteError, match="4 steps in a row"):
         fit(module, callback)
     with pytest.raises(stablekit.errors.AttachError, match="no session"):
         stablekit.session(module.made)

@@ -243,8 +243,8 @@ def test_the_constructor_wins_over_saved_arguments_and_says_so_once() -> None:
     with pytest.warns(StateWarning) as caught:
         other.load_state_dict(optimizer.state_dict())
     (said,) = warned(*caught)
-    assert "zclip.z_thresh is 3.0, was 2.0" in said
-    assert "zclip.alpha is 0.97, was 0.9" in said
+    assert "zclip.z_thresh stays 3.0, was 2.0" in said
+    assert "zclip.alpha stays 0.97, was 0.9" in said
     zclip = session.plugins["zclip"]
     assert isinstance(zclip, ZClip)
     assert (zclip.z_thresh, zclip.alpha) == (3.0, 0.97)
@@ -254,7 +254,7 @@ def test_the_constructor_wins_over_saved_arguments_and_says_so_once() -> None:
 def test_a_shorter_history_keeps_the_newest_norms(history: int | None) -> None:
     _, optimizer, session = trained(AutoClip(history=history), steps=12, first=6)
     _, other, shorter = trained(AutoClip(history=3), steps=0)
-    with pytest.warns(StateWarning, match="autoclip.history is 3"):
+    with pytest.warns(StateWarning, match="autoclip.history stays 3"):
         other.load_state_dict(optimizer.state_dict())
     before = session.state_dict()["plugins"]["autoclip"]["state"]["history"]
     after = shorter.state_dict()["plugins"]["autoclip"]["state"]["history"]
