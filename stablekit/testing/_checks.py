@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import io
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - the documented way in
 
 from stablekit import attach, only
 from stablekit.errors import StateError
 from stablekit.hookspecs import Plugin, hooks_of
+from stablekit.testing._compare import (
+    require,
+    require_equal,
+    require_finite,
+    require_same,
+    tensors_in,
+)
+from stablekit.testing._probes import FusedSGD, HostReads, PlainSGD
 from stablekit.testing._runs import NanGuard, TinyRun
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from stablekit.testing._runs import Factory
 
@@ -28,18 +34,26 @@ def check_plugin(factory: Factory) -> None:
     """Run every check on the plugins that ``factory()`` makes.
 
     Raises:
-        AssertionError: The first broken promise, in words.
+        AssertionError: The first broken promise, in words, after the name of its check.
+        TypeError: ``factory`` is not callable.
     """
+    if not callable(factory):
+        raise TypeError(
+            f"check_plugin takes a class or a function that makes plugins, got {factory!r}"
+        )
     for check in CHECKS:
-        check(factory)
+        try:
+            check(factory)
+        except AssertionError as error:
+            raise AssertionError(f"{check.__name__}: {error}") from error
 
 
 def check_has_a_name_and_a_summary(factory: Factory) -> None:
     """A plugin has a name, at least one hook, and a docstring whose first line sums it up."""
     plugin = factory()
-    _require(isinstance(plugin, Plugin) and bool(plugin.name), "a plugin needs a name")
-    _require(bool(hooks_of(plugin)), "no method is marked with stablekit.hookimpl")
-    _require(bool((type(plugin).__doc__ or "").strip()), "the class has no docstring")
+    require(isinstance(plugin, Plugin) and bool(plugin.name), "a plugin needs a name")
+    require(bool(hooks_of(plugin)), "no method is marked with stablekit.hookimpl")
+    require(bool((type(plugin).__doc__ or "").strip()), "the class has no docstring")
 
 
 def check_detach_leaves_no_trace(factory: Factory) -> None:
@@ -48,16 +62,16 @@ def check_detach_leaves_no_trace(factory: Factory) -> None:
     before = dict(vars(run.optimizer))
     with attach(run.optimizer, factory(), model=run.model):
         run.go(3)
-    _require(vars(run.optimizer).keys() == before.keys(), "an attribute was left behind")
+    require(vars(run.optimizer).keys() == before.keys(), "an attribute was left behind")
     left = [name for name, value in vars(run.optimizer).items() if "hooks" in name and value]
-    _require(not left, f"hooks were left behind in {left}")
+    require(not left, f"hooks were left behind in {left}")
 
 
 def check_dry_run_changes_nothing(factory: Factory) -> None:
     """With ``dry_run=True`` training is bit-identical to training without the plugin."""
     bare = TinyRun(spike_at=(6,)).go(12)
     watched = TinyRun(factory(), spike_at=(6,), dry_run=True).go(12)
-    _same(watched.weights(), bare.weights(), "a dry run changed the weights")
+    require_same(watched.weights(), bare.weights(), "a dry run changed the weights")
 
 
 def check_observer_changes_nothing(factory: Factory) -> None:
@@ -66,7 +80,7 @@ def check_observer_changes_nothing(factory: Factory) -> None:
         return
     bare = TinyRun(spike_at=(6,)).go(12)
     watched = TinyRun(factory(), spike_at=(6,)).go(12)
-    _same(watched.weights(), bare.weights(), "an observer changed the weights")
+    require_same(watched.weights(), bare.weights(), "an observer changed the weights")
 
 
 def check_missing_gradients_are_tolerated(factory: Factory) -> None:
@@ -74,21 +88,25 @@ def check_missing_gradients_are_tolerated(factory: Factory) -> None:
     run = TinyRun(factory(), none_at=(0, 1, 4)).go(8)
     run.optimizer.zero_grad()
     run.optimizer.step()
-    _finite(run.weights(), "a missing gradient made a weight non-finite")
+    require_finite(run.weights(), "a missing gradient made a weight non-finite")
 
 
 def check_faults_leave_all_finite(factory: Factory) -> None:
     """Behind a guard, NaN and Inf gradients reach neither weights nor any state."""
     run = TinyRun(NanGuard(), factory(), **_FAULTS).go(14)
-    _finite(run.weights(), "a fault reached the weights")
-    _finite(_tensors(run.state()), "a fault reached the optimizer's state")
-    _finite(_tensors(run.plugin_state(), nan_only=True), "a fault reached the plugin's state")
+    require_finite(run.weights(), "a fault reached the weights")
+    require_finite(tensors_in(run.state()), "a fault reached the optimizer's state")
+    require_finite(
+        tensors_in(run.plugin_state(), nan_only=True), "a fault reached the plugin's state"
+    )
 
 
 def check_unguarded_faults_stay_out_of_state(factory: Factory) -> None:
     """Even without a guard no statistic becomes NaN."""
     run = TinyRun(factory(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **_FAULTS).go(14)
-    _finite(_tensors(run.plugin_state(), nan_only=True), "a fault reached the plugin's state")
+    require_finite(
+        tensors_in(run.plugin_state(), nan_only=True), "a fault reached the plugin's state"
+    )
 
 
 def check_skipped_step_moves_no_statistic(factory: Factory) -> None:
@@ -99,7 +117,7 @@ def check_skipped_step_moves_no_statistic(factory: Factory) -> None:
     run = TinyRun(NanGuard(), plugin, nan_at=(5,)).go(5)
     before = run.plugin_state()[plugin.name]
     run.go(1)
-    _equal(run.plugin_state()[plugin.name], before, f"{plugin.name} moved in a skipped step")
+    require_equal(run.plugin_state()[plugin.name], before, f"{plugin.name} moved in a skipped step")
 
 
 def check_state_survives_a_checkpoint(factory: Factory) -> None:
@@ -115,8 +133,12 @@ def check_state_survives_a_checkpoint(factory: Factory) -> None:
     resumed.optimizer.load_state_dict(optimizer)
     resumed.step = 9
     resumed.go(6)
-    _same(resumed.weights(), straight.weights(), "a resumed run went another way")
-    _equal(resumed.plugin_state(), straight.plugin_state(), "state differs after resuming")
+    require_same(
+        resumed.weights(),
+        straight.weights(),
+        "a resumed run went another way: what changes must be in state_dict",
+    )
+    require_equal(resumed.plugin_state(), straight.plugin_state(), "state differs after resuming")
 
 
 def check_bad_state_is_refused(factory: Factory) -> None:
@@ -129,7 +151,7 @@ def check_bad_state_is_refused(factory: Factory) -> None:
         try:
             run.session.load_state_dict(bad)
         except StateError:
-            _equal(run.session.state_dict(), good, "a refused state changed something")
+            require_equal(run.session.state_dict(), good, "a refused state changed something")
         else:
             raise AssertionError(f"{name} took a state with an unknown field")
 
@@ -161,13 +183,15 @@ def check_closure_counts_once(factory: Factory) -> None:
 
     once = train(lambda params: torch.optim.SGD(params, lr=0.0))
     twice = train(lambda params: Twice(params, lr=0.0))
-    _equal(twice.plugin_state(), once.plugin_state(), "a second evaluation moved a statistic")
+    require_equal(
+        twice.plugin_state(), once.plugin_state(), "a second evaluation moved a statistic"
+    )
 
 
 def check_half_precision_works(factory: Factory) -> None:
     """bf16 parameters and gradients are taken as they are."""
     run = TinyRun(NanGuard(), factory(), dtype=torch.bfloat16, spike_at=(4,)).go(8)
-    _finite(run.weights(), "bf16 weights became non-finite")
+    require_finite(run.weights(), "bf16 weights became non-finite")
 
 
 def check_restriction_is_kept(factory: Factory) -> None:
@@ -178,7 +202,9 @@ def check_restriction_is_kept(factory: Factory) -> None:
 
     bare = TinyRun(optimizer=sgd, spike_at=(0,)).go(1)
     limited = TinyRun(only(factory(), include="0.*"), optimizer=sgd, spike_at=(0,)).go(1)
-    _same(limited.weights()[2:], bare.weights()[2:], "a parameter outside only(...) was changed")
+    require_same(
+        limited.weights()[2:], bare.weights()[2:], "a parameter outside only(...) was changed"
+    )
 
 
 def check_device_mode_decides_alike(factory: Factory) -> None:
@@ -195,60 +221,26 @@ def check_device_mode_decides_alike(factory: Factory) -> None:
     ]
     for ours, theirs in zip(*(run.weights() for run in runs), strict=True):
         close = torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-        _require(close, "device mode and host mode gave different weights")
+        require(close, "device mode and host mode gave different weights")
 
 
 def check_device_mode_reads_no_host_value(factory: Factory) -> None:
     """Between two log points a device-mode step never waits for a value on the host."""
     if "observe_gradients" in hooks_of(factory()):
-        optimizer: Callable[[Any], torch.optim.Optimizer] = _FusedSGD
+        optimizer: Callable[[Any], torch.optim.Optimizer] = FusedSGD
     else:
-        optimizer = _PlainSGD
+        optimizer = PlainSGD
     run = TinyRun(factory(), optimizer=optimizer, device_mode=True, log_every=0)
     run.go(2)
     for _ in range(3):
         run.optimizer.zero_grad()
         run.loss().backward()
-        with _HostReads() as reads:
+        with HostReads() as reads:
             run.optimizer.step()
-        _require(not reads.seen, f"a value was read on the host {len(reads.seen)} times in a step")
-
-
-class _PlainSGD(torch.optim.Optimizer):
-    """An optimizer that itself reads nothing on the host."""
-
-    def __init__(self, params: Any) -> None:  # noqa: ANN401 - as torch
-        super().__init__(params, {"lr": 0.01})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_add_(params, [p.grad for p in params], alpha=-0.01)
-
-
-class _FusedSGD(_PlainSGD):
-    """The same, saying of itself what fused optimizers say."""
-
-    _step_supports_amp_scaling = True
-
-
-class _HostReads(TorchDispatchMode):
-    """Counts the operations by which a tensor's value reaches the host."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch is not annotated here
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401 - as torch
-        types: Any,  # noqa: ANN401 - as torch
-        args: Any = (),  # noqa: ANN401 - as torch
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - as torch
-        if "_local_scalar_dense" in str(func):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+        require(
+            not reads.seen,
+            f"{len(reads.seen)} host reads in a step; use step.scalar, flag or defer",
+        )
 
 
 CHECKS: tuple[Callable[[Factory], None], ...] = (
@@ -269,51 +261,3 @@ CHECKS: tuple[Callable[[Factory], None], ...] = (
     check_device_mode_reads_no_host_value,
 )
 """Every check, in the order in which a new plugin is best made to pass them."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def _same(ours: list[Tensor], theirs: list[Tensor], message: str) -> None:
-    pairs = zip(ours, theirs, strict=True)
-    _require(all(torch.equal(a, b) for a, b in pairs), message)
-
-
-def _equal(ours: Any, theirs: Any, message: str) -> None:  # noqa: ANN401 - any plain state
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        _require(torch.equal(ours, theirs), message)
-    elif isinstance(ours, dict) and isinstance(theirs, dict):
-        _require(ours.keys() == theirs.keys(), message)
-        for key in ours:
-            _equal(ours[key], theirs[key], f"{message}: {key}")
-    elif isinstance(ours, list) and isinstance(theirs, list):
-        _require(len(ours) == len(theirs), message)
-        for a, b in zip(ours, theirs, strict=True):
-            _equal(a, b, message)
-    else:
-        _require(ours == theirs, f"{message}: {ours!r} is not {theirs!r}")
-
-
-def _tensors(value: Any, *, nan_only: bool = False) -> list[Tensor]:  # noqa: ANN401 - any plain state
-    """Collect every number and tensor in nested state; infinite "not seen yet" marks may pass."""
-    if isinstance(value, Tensor):
-        found = [value.float()]
-    elif isinstance(value, float):
-        found = [torch.tensor(value)]
-    elif isinstance(value, dict):
-        found = [t for item in value.values() for t in _tensors(item)]
-    elif isinstance(value, list):
-        found = [t for item in value for t in _tensors(item)]
-    else:
-        found = []
-    return (
-        [torch.nan_to_num(t, nan=math.nan, posinf=0.0, neginf=0.0) for t in found]
-        if (nan_only)
-        else found
-    )
-
-
-def _finite(tensors: list[Tensor], message: str) -> None:
-    _require(all(bool(tensor.isfinite().all()) for tensor in tensors), message)
