@@ -45,7 +45,7 @@ def table(group: Group) -> str:
 
 
 def test_the_optimizer_alone_issues_none(group: Group) -> None:
-    assert [counted(group, f"counted {run}", "no plugin") for run in ("fsdp2", "ddp")] == [0, 0]
+    assert [counted(group, f"counted {run}", "not attached") for run in ("fsdp2", "ddp")] == [0, 0]
 
 
 @pytest.mark.parametrize("name", stablekit.available())

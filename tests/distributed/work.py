@@ -169,7 +169,7 @@ def counted_chains() -> dict[str, Callable[[], list[Any]]]:
     largest = stablekit.create("global-norm", norm_type=float("inf"))
     scaling = [name for name in names if name not in {"clip-value"}]
     return {
-        "no plugin": list,
+        "not attached": list,
         **{name: one(name) for name in names},
         "global-norm(norm_type=inf)": lambda: [largest],
         "reads step.loss": lambda: [LossReader()],
