@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, final
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from stablekit._mail import to_host
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stablekit.scalars import Flag
 
 
@@ -19,21 +22,32 @@ class Metrics:
     def __init__(self) -> None:
         """Start with no metric."""
         self._latest: dict[str, Tensor | float] = {}
+        self._fresh: dict[str, Tensor | float] = {}
         self._clipped: dict[str, Tensor | float] = {}
 
     def record(self, name: str, value: Tensor | float) -> None:
         """Keep a value; tensors stay where they are."""
-        self._latest[name] = value.detach() if isinstance(value, Tensor) else float(value)
+        kept = value.detach() if isinstance(value, Tensor) else float(value)
+        self._latest[name] = self._fresh[name] = kept
+
+    def begin(self) -> None:
+        """Start a step: nothing was recorded in it yet."""
+        self._fresh = {}
+
+    def of_step(self) -> Mapping[str, Tensor | float]:
+        """Return what was recorded since the step began."""
+        return MappingProxyType(self._fresh)
 
     def nothing_clipped(self) -> None:
         """Say of a skipped step that no plugin clipped anything in it."""
         for name in self._latest:
             if name.endswith("/clipped"):
-                self._latest[name] = 0.0
+                self.record(name, 0.0)
 
     def forget(self, name: str) -> None:
         """Drop a value that does not hold for the latest step."""
         self._latest.pop(name, None)
+        self._fresh.pop(name, None)
 
     def count_clipped(self, plugin: str, acted: Flag) -> None:
         """Add a step to those in which a plugin clipped, where ``acted`` is true."""

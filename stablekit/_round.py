@@ -45,6 +45,7 @@ class Round:
         self.ok = amp.ok(self.layout.device)
         self.lent_scale = amp.scale
         self.lent_found_inf: Tensor | None = None
+        session.latest.begin()
         self._losses = session.take_losses()
         self._loss: Tensor | None = None
         self._requests: list[tuple[str, str, Tensor, Tensor | None]] = []
@@ -196,7 +197,10 @@ class Round:
         masks = [tensors] if isinstance(tensors, Tensor) else []
         names = () if isinstance(tensors, Tensor) else tuple(tensors)
         event = Event(kind, self.number, plugin, message, names, dict(data))
-        deliver = partial(self._deliver, event, list(late), len(flags), len(masks))
+        are_positions = bool(masks) and masks[0].dtype != torch.bool
+        deliver = partial(
+            self._deliver, event, list(late), len(flags), len(masks), are_positions=are_positions
+        )
         if late or flags or masks:
             self.session.mail.send(deliver, *flags, *masks, *late.values())
         else:
@@ -209,18 +213,24 @@ class Round:
         flags: int,
         masks: int,
         *values: Any,  # noqa: ANN401 - host values of any shape
+        are_positions: bool,
     ) -> None:
         if flags and not values[0]:
             return
         names = event.tensors
         if masks:
-            names = tuple(
-                name for name, hit in zip(self.layout.names, values[flags], strict=True) if hit
-            )
+            names = self._named(values[flags], are_positions=are_positions)
         data = {**event.data, **dict(zip(keys, values[flags + masks :], strict=True))}
         self.session.publish(
             Event(event.kind, event.step, event.plugin, event.message, names, data), Step(self)
         )
+
+    def _named(self, marks: list[float], *, are_positions: bool) -> tuple[str, ...]:
+        """Return names by a mask over all parameters, or by positions in their own order."""
+        names = self.layout.names
+        if are_positions:
+            return tuple(names[int(place)] for place in marks if place >= 0)
+        return tuple(name for name, hit in zip(names, marks, strict=True) if hit)
 
     def _has_gradients(self, chosen: Sequence[int] | None) -> bool:
         if self.ledger is None or self.ledger.is_shared:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import Tensor
 
+from stablekit._measure import norms_of
 from stablekit.errors import HookError
 from stablekit.gradients import Gradients
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from stablekit._round import Round
     from stablekit._session import Session
@@ -115,6 +117,29 @@ class Step:
         """Return a 0-dim bool tensor as a bool in host mode, as it is in device mode."""
         return bool(value) if self._round.session.host else value
 
+    @property
+    def recorded(self) -> Mapping[str, Tensor | float]:
+        """The metrics of this step so far, by name; tensors are where they were made.
+
+        Complete in ``on_step_end``, but for what plugins listed later record there.
+        """
+        return self._round.session.latest.of_step()
+
+    def norms_of(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return L2 norms of tensors placed like :attr:`parameters`, float32 ``[P]``.
+
+        For what is no gradient: weights, updates, moments. DTensors, or the local parts of them;
+        None counts as zeros. The same on all ranks, at the price of one reduction where parameters
+        are sharded, so every rank must ask.
+
+        Raises:
+            ValueError: The number of tensors is not that of the parameters.
+        """
+        count = len(self.parameters)
+        if len(tensors) != count:
+            raise ValueError(f"expected {count} tensors, one a parameter, got {len(tensors)}")
+        return norms_of(tensors, self._round.layout, self._chosen)
+
     def record(self, name: str, value: Tensor | float) -> None:
         """Report a metric ``<plugin>/<name>``; a tensor is read on the host only when someone asks.
 
@@ -158,7 +183,8 @@ class Step:
             kind: one word.
             message: one sentence for a person.
             when: emit only where this is true; may be a 0-dim tensor on the device.
-            tensors: names, or a bool ``[P]`` that says which parameters are concerned.
+            tensors: names; or a bool ``[P]`` that says which parameters are concerned; or their
+                positions in int64, worst first, where a negative one stands for none.
             **data: plain values, or tensors to be read on the host together with ``when``.
         """
         named = self._all(tensors) if isinstance(tensors, Tensor) else tuple(tensors)
@@ -175,8 +201,11 @@ class Step:
         self._round.session.mail.send(receive, *tensors)
 
     def _all(self, tensors: Tensor | None) -> Tensor | None:
-        """Turn a mask over this plugin's parameters into one over all."""
+        """Turn a mask or positions over this plugin's parameters into one over all."""
         if tensors is None or self._chosen is None:
             return tensors
         layout = self._round.layout
-        return layout.mask(()).index_copy(0, layout.subset(self._chosen), tensors)
+        places = layout.subset(self._chosen)
+        if tensors.dtype != torch.bool:
+            return torch.where(tensors < 0, tensors, places[tensors.clamp(min=0)])
+        return layout.mask(()).index_copy(0, places, tensors)
