@@ -19,8 +19,11 @@ from benchmarks import (
     rows_clipped,
     rows_device,
     rows_peers,
+    rows_recorder,
+    rows_stable_spam,
     rows_start,
     rows_unclipped,
+    rows_updates,
 )
 from benchmarks.table import Row
 from benchmarks.workloads import WORKLOADS
@@ -36,6 +39,9 @@ _ON_WORKLOADS = {
     "agc": rows_agc.rows,
     "adagc": rows_adagc.rows,
     "peers": rows_peers.rows,
+    "recorder": rows_recorder.rows,
+    "stable-spam": rows_stable_spam.rows,
+    "updates": rows_updates.rows,
 }
 ROWS = (*_ON_WORKLOADS, "autoclip", "start", "device")
 

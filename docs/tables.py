@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import stablekit
 from stablekit import hookspecs
 from stablekit.hookspecs import HOOKS
 
+_PACKAGES = (
+    "stablekit_clipping",
+    "stablekit_recovery",
+    "stablekit_monitors",
+    "stablekit_updates",
+)
 
-def plugin_table() -> str:
-    """Return one row a plugin: name and arguments, what it does, what it costs."""
-    rows = ["| plugin | what it does | cost a step |", "| --- | --- | --- |"]
+
+def plugin_tables() -> str:
+    """Return one table a package of the catalogue, under what the package says of itself."""
+    by_package: dict[str, list[stablekit.PluginInfo]] = {}
     for info in stablekit.available().values():
-        arguments = ", ".join(
-            key if default is inspect.Parameter.empty else f"{key}={default!r}"
-            for key, default in info.parameters.items()
-            if key != "name"
-        )
-        cost = getattr(_class_of(info.entry_point), "cost", "")
-        rows.append(f"| `{info.name}`<br>`{arguments}` | {info.summary} | {cost} |")
-    return "\n".join(rows) + "\n"
+        by_package.setdefault(info.entry_point.partition(".")[0].partition(":")[0], []).append(info)
+    known = [name for name in _PACKAGES if name in by_package]
+    others = sorted(by_package.keys() - set(known))
+    return "\n".join(_package_table(name, by_package[name]) for name in (*known, *others))
+
+
+def _package_table(package: str, infos: list[stablekit.PluginInfo]) -> str:
+    about = (inspect.getdoc(importlib.import_module(package)) or "").partition("\n")[0]
+    head = [f"`{package}` - {about}", "", "| plugin | what it does | cost a step |"]
+    return "\n".join([*head, "| --- | --- | --- |", *map(_plugin_row, infos)]) + "\n"
+
+
+def _plugin_row(info: stablekit.PluginInfo) -> str:
+    arguments = ", ".join(
+        key if default is inspect.Parameter.empty else f"{key}={default!r}"
+        for key, default in info.parameters.items()
+        if key != "name"
+    )
+    cost = getattr(_class_of(info.entry_point), "cost", "")
+    return f"| `{info.name}`<br>`{arguments}` | {info.summary} | {cost} |"
 
 
 def hook_table() -> str:
@@ -36,5 +56,5 @@ def hook_table() -> str:
 
 def _class_of(entry_point: str) -> type:
     module, _, attribute = entry_point.partition(":")
-    cls: type = getattr(__import__(module, fromlist=[attribute]), attribute)
+    cls: type = getattr(importlib.import_module(module), attribute)
     return cls

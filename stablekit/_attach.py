@@ -9,6 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from stablekit._layout import parameters_of
+from stablekit._reduce_groups import ReduceGroups
 from stablekit._seats import Seats
 from stablekit._session import Session
 from stablekit._specs import resolve
@@ -16,7 +17,7 @@ from stablekit._torch_hooks import Wire, has_native_hooks
 from stablekit.errors import AttachError, StateWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from torch.distributed import ProcessGroup
@@ -36,7 +37,7 @@ def attach(
     model: nn.Module | None = None,
     log_every: int | None = None,
     device_mode: bool | None = None,
-    reduce_groups: Sequence[ProcessGroup] | None = None,
+    reduce_groups: Sequence[ProcessGroup] | Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> Session:
     """Attach plugins to an optimizer, in place, and return the session.
@@ -52,8 +53,9 @@ def attach(
         model: gives parameters their names, and the loss if its outputs have a ``.loss``.
         log_every: hand out metrics every so many steps; None is 1 on CPU, 10 elsewhere; 0 never.
         device_mode: never read the host between such steps; None decides by the parameters' device.
-        reduce_groups: further process groups over which gradient norms add up (pipeline stages,
-            experts).
+        reduce_groups: further process groups over which gradient norms add up, for parameters that
+            are whole on this rank while other ranks have others: a list of groups for all of them
+            (the stages of a pipeline), or groups by name pattern (``{"*.experts.*": group}``).
         dry_run: decide and record everything, change nothing.
 
     Raises:
@@ -85,6 +87,7 @@ def attach(
     if len({id(one) for one in optimizers}) < len(optimizers):
         raise AttachError("an optimizer is in the list twice; list each of them once")
     _refuse_shared(optimizers)
+    _refuse_flat(optimizers)
     seats = Seats(resolve(plugins))
     _warn_of_lost_state(optimizers, seats)
     return Session(
@@ -93,7 +96,7 @@ def attach(
         model=model,
         log_every=log_every,
         device_mode=device_mode,
-        reduce_groups=reduce_groups or (),
+        reduce_groups=ReduceGroups(reduce_groups),
         dry_run=dry_run,
     )
 
@@ -173,6 +176,15 @@ def _refuse_shared(optimizers: list[Optimizer]) -> None:
         raise AttachError(
             "a parameter is held twice by the optimizers of this session: its gradient would count"
             " and be scaled twice. Give every parameter to one optimizer"
+        )
+
+
+def _refuse_flat(optimizers: list[Optimizer]) -> None:
+    if any(getattr(param, "_fsdp_flattened", False) for param in parameters_of(optimizers)):
+        raise AttachError(
+            "these parameters are of FSDP1 (FullyShardedDataParallel), which hands out parts of"
+            " tensors as if they were whole, so that every rank would see a norm of its own; use"
+            " fully_shard (FSDP2)"
         )
 
 

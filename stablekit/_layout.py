@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stablekit._sharding import Span, is_dtensor, rows_here, spans_of
+from stablekit.errors import AttachError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -51,6 +52,11 @@ class Layout:
     def world_span(self) -> Span | None:
         """The span that is all ranks there are, so that a mean over it is the global mean."""
         return next((span for span in self.spans if span.is_world), None)
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """The ranks that hold parts of the same tensors as this one, empty where none does."""
+        return frozenset[int]().union(*(span.ranks for span in self.spans))
 
     def rows(self, i: int, param: Tensor) -> Tensor | None:
         """Return which rows of parameter i this rank holds, None for all of them; found once."""
@@ -101,7 +107,12 @@ def parameters_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
 
 
 def layout_of(optimizers: Sequence[Optimizer], model: nn.Module | None) -> Layout:
-    """Resolve names and places of the parameters the optimizers hold now."""
+    """Resolve names and places of the parameters the optimizers hold now.
+
+    Raises:
+        AttachError: They are flat shards of FSDP1.
+    """
+    _refuse_flat(parameters_of(optimizers))
     known = _named(model) if model is not None else {}
     params, names, groups = [], [], []
     number = -1
@@ -117,6 +128,17 @@ def layout_of(optimizers: Sequence[Optimizer], model: nn.Module | None) -> Layou
                 names.append(known.get(id(param)) or canonical(named))
                 groups.append(number)
     return Layout(params, tuple(_unique(names)), groups)
+
+
+def _refuse_flat(params: Sequence[Tensor]) -> None:
+    """Refuse parameters of FullyShardedDataParallel: plain tensors that hold parts of others."""
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise AttachError(
+            "the parameters are flat shards of FullyShardedDataParallel (FSDP1), with or without"
+            " use_orig_params: nothing tells which part of which tensor they hold, so norms would"
+            " be those of the shards. Supported are plain torch, DDP, and FSDP2"
+            " (torch.distributed.fsdp.fully_shard; fsdp_version=2 in Accelerate and Trainer)"
+        )
 
 
 def _named(model: nn.Module) -> dict[int, str]:

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from stablekit import _norms
-from stablekit._sharding import all_reduce
+from stablekit._reduce_groups import ReduceGroups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    from torch.distributed import ProcessGroup
 
     from stablekit._memory import Memory
 
@@ -38,7 +36,7 @@ class Ledger:
         *,
         host: bool,
         dry_run: bool = False,
-        reduce_groups: Sequence[ProcessGroup] = (),
+        reduce_groups: ReduceGroups | None = None,
         units: Iterable[int] = (),
         weights: Iterable[int] = (),
     ) -> None:
@@ -48,7 +46,8 @@ class Ledger:
             memory: the gradients.
             host: whether values may be read on the host.
             dry_run: whether edits must not reach the gradients.
-            reduce_groups: further process groups over which squared norms add up.
+            reduce_groups: further process groups over which squared norms add up. What rides in the
+                first reductions over spans rides on over these, its first two elements.
             units: positions whose unit norms will be asked for, so that one sweep serves both.
             weights: positions whose parameters' unit norms will be asked for, likewise.
         """
@@ -56,7 +55,7 @@ class Ledger:
         self.layout = memory.layout
         self.host = host
         self.dry_run = dry_run
-        self.reduce_groups = reduce_groups
+        self.reduce_groups = ReduceGroups() if reduce_groups is None else reduce_groups
         self.factor: Tensor | None = None
         self.unit_factors: dict[int, Tensor] = {}
         self._stale: set[int] = set()
@@ -68,7 +67,11 @@ class Ledger:
         self._base, self._units, self._weights = memory.read(norms, units, cut, first=True)
         self._derive(i for i in units if memory.has_rows(i))
         self._raw = self._base
-        self._raw_total = self.total(self._raw)
+        ride = memory.ride[:2]
+        self._raw_total, ride = self.reduce_groups.total(self._raw, self.layout, None, ride)
+        if len(ride):
+            memory.ride = torch.cat([ride, memory.ride[2:]])
+            self._raw_total = self._raw_total + ride[1]
 
     def raw_norms(self) -> Tensor:
         """Return per-tensor norms as backward left them."""
@@ -88,12 +91,14 @@ class Ledger:
             return applied(self._raw_total, self.factor)
         return self.total(self.norms())
 
-    def total(self, norms: Tensor) -> Tensor:
-        """Return the L2 norm of per-tensor norms, over ``reduce_groups`` too."""
-        total = _norms.vector_norm(norms)
-        if not self.reduce_groups:
-            return total
-        return all_reduce(total.square(), "sum", self.reduce_groups).sqrt()
+    def total(self, norms: Tensor, chosen: tuple[int, ...] | None = None) -> Tensor:
+        """Return the L2 norm of per-tensor norms, over ``reduce_groups`` too.
+
+        Args:
+            norms: of all tensors, or of those at the chosen positions.
+            chosen: these positions.
+        """
+        return self.reduce_groups.total(norms, self.layout, chosen, self.memory.ride[:0])[0]
 
     @property
     def is_shared(self) -> bool:

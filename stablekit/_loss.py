@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from stablekit._sharding import all_reduce, world_size
-
-if TYPE_CHECKING:
-    from stablekit._layout import Layout
 
 
 def mean(losses: list[Tensor]) -> Tensor:
@@ -25,19 +20,28 @@ def is_shared() -> bool:
     return world_size() > 1
 
 
-def riders(losses: list[Tensor], layout: Layout) -> Tensor | None:
-    """Return loss and 1, or 0 and 0, to ride in a reduction of norms over all ranks, if any.
+def rider(losses: list[Tensor], home: torch.device) -> Tensor:
+    """Return loss and 1, or 0 and 0, to be summed over all ranks.
 
     A rank without a loss takes part too: the others would wait for it.
     """
-    if layout.world_span is None:
-        return None
     if not losses:
-        return torch.zeros(2, device=layout.device)
-    loss = mean(losses).to(layout.device)
+        return torch.zeros(2, device=home)
+    loss = mean(losses).to(home)
     return torch.stack([loss, torch.ones_like(loss)])
 
 
-def reduced(losses: list[Tensor]) -> Tensor | None:
+def shared(summed: Tensor, *, host: bool) -> Tensor | None:
+    """Return the mean of the ranks that have a loss, from the sum of riders.
+
+    Where none has, None; on a device, which cannot tell, NaN.
+    """
+    loss, count = summed.unbind()
+    return None if host and count == 0 else loss / count
+
+
+def reduced(losses: list[Tensor], home: torch.device, *, host: bool) -> Tensor | None:
     """Return the mean loss over all ranks; one collective where there are several."""
-    return all_reduce(mean(losses), "mean") if losses else None
+    if not is_shared():
+        return mean(losses) if losses else None
+    return shared(all_reduce(rider(losses, home)), host=host)

@@ -49,7 +49,9 @@ class Memory:
             params: the parameters, in layout order.
             layout: their names and places.
             unscale: what gradients in memory must be multiplied by to be true (1 / loss scale).
-            ride: float32 vector to be summed over all ranks in the first reduction over them.
+            ride: float32 vector to be summed in the first reductions: its first two elements
+                over every span, the others over all ranks. To the second is added what is not
+                finite in tensors outside of a span, which its ranks would not hear of.
         """
         self.params = params
         self.layout = layout
@@ -174,17 +176,29 @@ class Memory:
         slots = [(table, i) for table in tables for i in table if i in span.members]
         norms = [span.own(found.norms[span.index])]
         norms += [span.own(table[i], i) for table, i in slots]
-        ride = self.ride if first and span.is_world else self.ride[:0]
+        ride = torch.empty(0, device=self.layout.device)
         if first:
-            ride = torch.cat([self.present[span.index].float(), ride])
+            self._warn(span, found)
+            riding = len(self.ride) if span.is_world else 2
+            ride = torch.cat([self.present[span.index].float(), self.ride[:riding]])
         (agreed, *more), ridden = span.join(norms, ride)
         for (table, i), whole in zip(slots, more, strict=True):
             table[i] = whole
         if first:
             flags, rest = ridden.tensor_split([len(span.members)])
             self.present = self.present.index_copy(0, span.index, flags > 0)
-            self.ride = rest if span.is_world else self.ride
+            self.ride = torch.cat([rest, self.ride[riding:]])
         return Reading(found.norms.index_copy(0, span.index, agreed), *tables)
+
+    def _warn(self, span: Span, found: Reading) -> None:
+        """Add what is not finite here, and not in the span, to what rides along."""
+        if not span.outside or not len(self.ride):
+            return
+        norms = [found.norms[self.layout.subset(span.outside)]]
+        norms += [found.units[i] for i in span.outside if i in found.units]
+        joined = torch.cat(norms)
+        bad = torch.where(joined.isfinite(), 0.0, joined).sum()
+        self.ride = self.ride.index_add(0, self.layout.subset((1,)), bad.view(1))
 
     def _whole(self, i: int, units: Tensor) -> Tensor:
         """Put the units this rank holds in their places among all units, zero elsewhere."""

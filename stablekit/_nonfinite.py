@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from stablekit._round import Round
 
 _NAMED = 16
+_LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
+"""What sums of squares in float32 can hold."""
 
 
 def watch(moment: Round, ledger: Ledger) -> None:
@@ -83,17 +85,26 @@ def _report(
         kind, culprits = "nan", nan + real
     elif real:
         kind, culprits = "inf", real
-    else:
+    elif infinite or not _is_elsewhere(moment, norms):
         kind, culprits = "overflow", infinite or _largest(norms)
+    else:
+        kind, culprits = "nan" if math.isnan(total) else "inf", []
     said = ", ".join(names[i] for i in culprits[:3]) + (", ..." if len(culprits) > 3 else "")
+    where = f"in {len(culprits)} of {len(names)} tensors: {said}" if culprits else "on other ranks"
     moment.emit(
         "nonfinite",
         "",
-        f"gradient norm is {total} ({kind}) in {len(culprits)} of {len(names)} tensors: {said}",
+        f"gradient norm is {total} ({kind}) {where}",
         True,
         [names[i] for i in culprits[:_NAMED]],
         {"kind": kind, "count": len(culprits)},
     )
+
+
+def _is_elsewhere(moment: Round, norms: list[float]) -> bool:
+    """Tell whether finite norms do not make up a total that is not: other ranks have more."""
+    is_shared = bool(moment.layout.spans or moment.session.reduce_groups)
+    return is_shared and math.hypot(*norms) < _LARGEST_NORM
 
 
 def _largest(norms: list[float]) -> list[int]:

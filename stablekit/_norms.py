@@ -21,6 +21,8 @@ _ROW = 1 << 12
 _WORTH_A_COPY = 4
 _CHUNK = 1 << 18
 
+_WIDE = {torch.float64, torch.complex128}
+
 _DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
@@ -53,6 +55,8 @@ def _on_one_device(tensors: list[Tensor]) -> Tensor:
     if any(dtype.is_complex for dtype in dtypes):
         tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     if tensors[0].device.type != "cpu":
+        if not dtypes.isdisjoint(_WIDE):  # a kernel that narrows while it reads does not exist
+            tensors = [t.float() if t.dtype in _WIDE else t for t in tensors]
         return torch.stack(torch._foreach_norm(tensors, 2, torch.float32))
     sizes, dims = tuple(map(Tensor.numel, tensors)), tuple(map(Tensor.dim, tensors))
     plan = _plan(sizes, dims, _SHORT if dtypes == {torch.float32} else _SHORT_OTHER)
@@ -115,6 +119,8 @@ def _dot_norm(chunk: Tensor) -> Tensor:
 def unit_norms(data: Tensor) -> Tensor:
     """Return the L2 norm of each output unit (row of dim 0) of a matrix or higher tensor."""
     rows = (torch.view_as_real(data.resolve_conj()) if data.is_complex() else data).flatten(1)
+    if rows.shape[1] <= _SHORT and rows.dtype is torch.float64:
+        return vector_norm(rows, dim=1).float()
     if rows.shape[1] <= _SHORT:
         return vector_norm(rows, dim=1, dtype=torch.float32)
     return torch.stack([_long_norm(row) for row in rows])

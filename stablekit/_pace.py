@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, final
 from torch import Tensor
 
 from stablekit import _nonfinite
-from stablekit._amp import AmpState, refuse_scaled, scaler_above
+from stablekit._agreement import agree
+from stablekit._amp import AmpState, refuse_lonely, refuse_scaled, scaler_above
 from stablekit._round import Round
+from stablekit._sharding import world_size
 from stablekit.errors import IncompleteRoundError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class Pace:
         self._round: Round | None = None
         self._begun: list[Optimizer] = []
         self._finished = 0
+        self._has_met = False
         self._seen: list[tuple[Tensor | None, int]] = []
 
     @property
@@ -84,9 +87,12 @@ class Pace:
 
     def _open(self, optimizer: Optimizer, frame: FrameType | None, *, by_hand: bool) -> Round:
         session = self.session
-        scaler = scaler_above(frame) if len(session.optimizers) > 1 else None
+        if not self._has_met:
+            self._meet(frame)
+        is_scaled = world_size() > 1 and getattr(optimizer, "found_inf", None) is not None
+        scaler = scaler_above(frame) if is_scaled or len(session.optimizers) > 1 else None
         amp = AmpState(session.optimizers, optimizer, scaler)
-        session.number += 1
+        session.count_step()
         moment = Round(session, amp)
         moment.observe()
         if not moment.skipped:
@@ -95,6 +101,18 @@ class Pace:
             moment.before_update()
         self._note(moment)
         return moment
+
+    def _meet(self, frame: FrameType | None) -> None:
+        """Before the first step: make sure that all ranks will go through the steps together."""
+        session = self.session
+        layout, _ = session.current_layout()
+        if world_size() > 1:
+            has_groups, is_cut = bool(session.reduce_groups), bool(layout.spans)
+            scaler = scaler_above(frame)
+            for one in session.optimizers:
+                refuse_lonely(scaler, one, has_groups=has_groups, is_cut=is_cut)
+        session.expects_loss = agree(session, layout)
+        self._has_met = True
 
     def _note(self, moment: Round) -> None:
         if len(self.session.optimizers) > 1:

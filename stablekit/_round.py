@@ -48,6 +48,7 @@ class Round:
         session.latest.begin()
         self._losses = session.take_losses()
         self._loss: Tensor | None = None
+        self._has_agreed_loss = False
         self._requests: list[tuple[str, str, Tensor, Tensor | None]] = []
 
     def learning(self, chosen: Sequence[int] | None = None) -> Tensor:
@@ -63,9 +64,9 @@ class Round:
 
     def read(self) -> Ledger:
         """Open the books: one sweep over the gradients, one reduction where they are sharded."""
-        seats, riders = self.session.seats, _loss.riders(self._losses, self.layout)
+        seats, ride = self.session.seats, self._rider()
         unscale = self.amp.unscale(self.layout.device)
-        memory = Memory(self.params, self.layout, unscale=unscale, ride=riders)
+        memory = Memory(self.params, self.layout, unscale=unscale, ride=ride)
         self.ledger = Ledger(
             memory,
             host=self.session.host,
@@ -74,8 +75,8 @@ class Round:
             units=seats.needing("unit_norms", self.layout),
             weights=seats.needing("weight_unit_norms", self.layout),
         )
-        if riders is not None and self._losses:
-            self._loss = memory.ride[0] / memory.ride[1]
+        if ride is not None and self.evaluation == 0:
+            self._agree_on(memory.ride)
         return self.ledger
 
     def observe(self) -> None:
@@ -158,8 +159,11 @@ class Round:
 
     def loss(self) -> Tensor | None:
         """Return the mean of the observed losses over data-parallel ranks."""
-        if self._loss is None:
-            self._loss = _loss.reduced(self._losses)
+        if not self._has_agreed_loss:
+            self._has_agreed_loss = True
+            if self._expects_loss:
+                home, host = self.layout.device, self.session.host
+                self._loss = _loss.reduced(self._losses, home, host=host)
         return self._loss
 
     def record(self, plugin: str, name: str, value: Tensor | float) -> None:
@@ -238,6 +242,27 @@ class Round:
         held = self.ledger.memory.held
         return bool(held) if chosen is None else not set(held).isdisjoint(chosen)
 
+    @property
+    def _expects_loss(self) -> bool:
+        return bool(self._losses) or self.session.expects_loss
+
+    def _rider(self) -> Tensor | None:
+        """Return what is agreed on with the norms: overflow, what is not finite, the loss."""
+        if not (self.layout.spans or self.session.reduce_groups):
+            return None
+        home = self.layout.device
+        nothing_bad = torch.zeros(1, device=home)
+        return torch.cat([self.amp.flag(home), nothing_bad, _loss.rider(self._losses, home)])
+
+    def _agree_on(self, ride: Tensor) -> None:
+        if self.amp.found_inf is not None:
+            self.amp.agree(ride[0], tell=not self.session.dry_run)
+            self.ok = self.amp.ok(self.layout.device)
+        if self.layout.world_span is not None:
+            self._has_agreed_loss = True
+            if self.session.host or self._expects_loss:
+                self._loss = _loss.shared(ride[2:], host=self.session.host)
+
     def _settle_skip(self) -> None:
         self.skipped = True
         self.ok = torch.zeros_like(self.ok)
@@ -267,7 +292,8 @@ class Round:
         if self.skipped:
             latest.nothing_clipped()
         latest.record("grad_norm", ledger.raw_norm())
-        may_read = self.number % max(self.session.log_every, 1) == 0 and not ledger.is_shared
+        every = self.session.log_every
+        may_read = every > 0 and self.number % every == 0 and not ledger.is_shared
         if ledger.knows_norm or may_read:
             latest.record("grad_norm_clipped", torch.where(self.ok, ledger.norm(), 0.0))
         else:

@@ -43,6 +43,10 @@ class Seat:
         """Return the positions the plugin is restricted to, None for all."""
         return None if self.selection is None else self.selection.positions(layout)
 
+    def _view(self, moment: Round) -> Step:
+        named = self.selection is not None and self.selection.include is not None
+        return Step(moment, self.name, self.chosen(moment.layout), named=named)
+
     def _entry(self, hook: str) -> Callable[..., None]:
         function = getattr(self.plugin, hook)
         takes = frozenset(inspect.signature(function).parameters)
@@ -60,12 +64,12 @@ class Seat:
 
         def step_hook(moment: Round) -> None:
             self.number = moment.number
-            run(step=Step(moment, self.name, self.chosen(moment.layout)))
+            run(step=self._view(moment))
 
         def event_hook(event: Event, step: Step) -> None:
             self.number = event.step
             moment = step._round
-            run(event=event, step=Step(moment, self.name, self.chosen(moment.layout)))
+            run(event=event, step=self._view(moment))
 
         if hook == "on_event":
             return event_hook
@@ -109,6 +113,10 @@ class Seats:
                 chosen = seat.chosen(layout)
                 positions.update(range(len(layout.names)) if chosen is None else chosen)
         return sorted(positions)
+
+    def restrictions(self) -> list[tuple[str, str]]:
+        """Return what each plugin is restricted to, in words."""
+        return [(seat.name, repr(seat.selection or "all")) for seat in self._seats]
 
     def settle(self, layout: Layout) -> None:
         """Resolve every restriction now, so that a pattern without match is heard of at attach."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any, final
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 from torch import Tensor
 
 from stablekit import _state
+from stablekit._callers import takes_apart
 from stablekit._layout import Layout, layout_of, parameters_of
 from stablekit._mail import Mail
 from stablekit._metrics import Metrics
@@ -17,17 +19,18 @@ from stablekit._pace import Pace
 from stablekit._sharding import all_reduce
 from stablekit._summary import summarize
 from stablekit._torch_hooks import Wire
-from stablekit.errors import NoEffectWarning
+from stablekit.arguments import number
+from stablekit.errors import NoEffectWarning, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from torch import nn
-    from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
+    from stablekit._reduce_groups import ReduceGroups
     from stablekit._round import Round
     from stablekit._seats import Seats
     from stablekit.events import Event
@@ -60,7 +63,7 @@ class Session:
         model: nn.Module | None,
         log_every: int | None,
         device_mode: bool | None,
-        reduce_groups: Sequence[ProcessGroup],
+        reduce_groups: ReduceGroups,
         dry_run: bool,
     ) -> None:
         """Wire the plugins to the optimizers; use :func:`stablekit.attach`."""
@@ -68,11 +71,13 @@ class Session:
         self.seats = seats
         self.model = model
         self.dry_run = dry_run
-        self.reduce_groups = tuple(reduce_groups)
+        self.reduce_groups = reduce_groups
+        self.expects_loss = False
         self.number = 0
         self.updates = 0
         self.skipped = 0
         self.is_paused = False
+        self.awaits_state = False
         self.latest = Metrics()
         self._layout: Layout | None = None
         self._identity: tuple[int, ...] = ()
@@ -80,6 +85,11 @@ class Session:
         self._observed: list[Tensor] = []
         self._overheard: list[Tensor] = []
         self._batch: Any = None
+        self._restored_at = -1
+        self._tracked: dict[str, Any] = {}
+        self.loads = 0
+        self._lr_factors: dict[str, float] = {}
+        self._when_idle: list[Callable[[], None]] = []
         layout, _ = self.current_layout()
         on_host = layout.device.type == "cpu"
         self.host = on_host if device_mode is None else not device_mode
@@ -143,6 +153,71 @@ class Session:
         if batch is not None:
             self._batch = batch
 
+    def track(self, **objects: Any) -> None:  # noqa: ANN401 - anything with a state_dict
+        """Name objects whose state belongs to the run, so that snapshots take it along.
+
+        Schedulers, a GradScaler, an averaged copy of the model. What is tracked goes back when the
+        run does (:class:`stablekit.snapshots.Snapshot`), so leave out a data loader that is to go
+        on with other batches. Checkpoints are not concerned. A name given again is replaced.
+
+        Raises:
+            TypeError: An object lacks ``state_dict`` or ``load_state_dict``.
+
+        Example:
+            >>> import torch, stablekit
+            >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+            >>> session = stablekit.attach(optimizer)
+            >>> session.track(scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+            >>> list(session.tracked)
+            ['scheduler']
+        """
+        for name, one in objects.items():
+            for method in ("state_dict", "load_state_dict"):
+                if not callable(getattr(one, method, None)):
+                    raise TypeError(f"{name} is a {type(one).__name__}, which has no {method}()")
+        self._tracked.update(objects)
+
+    @property
+    def tracked(self) -> dict[str, Any]:
+        """What :meth:`track` was told, by name."""
+        return dict(self._tracked)
+
+    def scale_lr(self, factor: float, *, by: str) -> None:
+        """Multiply all learning rates by a factor while the optimizers step, until told otherwise.
+
+        The rates are given back as soon as an optimizer has stepped, so that neither schedulers nor
+        checkpoints see the factor. Factors of several plugins multiply. A step that is in its
+        ``observe_gradients`` takes the new factor already, but for an optimizer such as LBFGS,
+        which reads its rate before anything else.
+
+        Args:
+            factor: above 0; 1 ends it.
+            by: name of the plugin.
+
+        Raises:
+            TypeError: The factor is not a number.
+            ValueError: It is not finite or not above 0.
+        """
+        self._lr_factors[by] = number("factor", factor, above=0)
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """What learning rates are multiplied by in a step, by plugin."""
+        return dict(self._lr_factors)
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Have a function called when the step is over, after all ``on_step_end``.
+
+        For what replaces the state of everyone, which none of them may still be working on. In
+        device mode the events of the step have arrived by then if it is one of every ``log_every``.
+        """
+        self._when_idle.append(call)
+
+    def give_back(self) -> None:
+        """Give back what a step that raised has left changed in the optimizers."""
+        for wire in self._wires:
+            wire.give_back()
+
     def metrics(self) -> dict[str, float]:
         """Return the latest metrics as plain floats; reads the device once."""
         self.mail.collect()
@@ -175,7 +250,16 @@ class Session:
         return all_reduce(tensor, op)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that must travel in a checkpoint: plain values and CPU tensors only."""
+        """Return all that must travel in a checkpoint: plain values and CPU tensors only.
+
+        Raises:
+            StateError: torch.distributed.checkpoint was given the session itself.
+        """
+        if takes_apart(sys._getframe(1)):
+            raise StateError(
+                "torch.distributed.checkpoint cannot load a session piece by piece; give it"
+                " stablekit.checkpoint.SessionState(session)"
+            )
         self.mail.collect()
         return _state.dump(self)
 
@@ -244,10 +328,27 @@ class Session:
         self._observed, self._overheard = [], []
         return losses
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether a loss was seen since the last step."""
+        return bool(self._observed or self._overheard)
+
     def saw_loss(self, loss: Tensor, *, instead: bool = False) -> None:
         """Note a loss that nobody passed to :meth:`observe`, perhaps instead of those before."""
         if loss.numel() == 1 and not self.is_paused:
             self._overheard = [*([] if instead else self._overheard), _scalar(loss)]
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether a state was loaded since the last step."""
+        return self._restored_at == self.number
+
+    def count_step(self) -> None:
+        """Number a step; nothing that is still awaited for the plugins will come now."""
+        if self.awaits_state:
+            self.awaits_state = False
+            _state.warn_of_missing(stacklevel=8)
+        self.number += 1
 
     def count_skip(self) -> None:
         """Count a skipped step."""
@@ -267,6 +368,9 @@ class Session:
         is_due = self.log_every and self.number % self.log_every == 0
         if is_due or self.mail.is_full:
             self.mail.collect()
+        waiting, self._when_idle = self._when_idle, []
+        for call in waiting:
+            call()
         if is_due and self.seats.has("on_metrics"):
             self.seats.metrics(self.number, self.metrics())
 
@@ -278,6 +382,8 @@ class Session:
         self.latest.restore_clipped(counters["clipped"])
         self._events.clear()
         self._events.extend(events)
+        self._restored_at, self.awaits_state = self.number, False
+        self.loads += 1
 
     def _check_model(self, model: nn.Module) -> None:
         names = {id(param) for param in model.parameters()}

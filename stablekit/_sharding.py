@@ -29,7 +29,12 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank holds."""
+    """Return the part of a tensor that this rank holds, which shares its memory.
+
+    Example:
+        >>> local(torch.ones(2))
+        tensor([1., 1.])
+    """
     return _mesh_tensor(tensor).to_local() if is_dtensor(tensor) else tensor
 
 
@@ -66,6 +71,12 @@ def is_cut(tensor: Tensor) -> bool:
     if any(place.is_partial() for place in places):
         raise PlacementError(f"a parameter is placed as {places}; it must be sharded or replicated")
     return any(_cut_dim(place) is not None and mesh.size(d) > 1 for d, place in enumerate(places))
+
+
+def cuts_like_first(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether the first tensor is cut along every mesh dim along which any other is."""
+    cuts = [_cuts(tensor) for tensor in tensors]
+    return all(mesh == cuts[0][0] and dims <= cuts[0][1] for mesh, dims in cuts)
 
 
 def is_copy(tensor: Tensor) -> bool:
@@ -125,8 +136,10 @@ class Span:
         mesh = _mesh_tensor(params[positions[0]]).device_mesh
         home = params[0].device
         self.members = frozenset(positions)
+        self.outside = tuple(i for i in range(len(params)) if i not in self.members)
         self.index = torch.tensor(positions, device=home)
         self.groups = _groups(mesh)
+        self.ranks = frozenset(_ranks(mesh))
         self.is_world: bool = mesh.size() == world_size()
         copies = [is_copy(params[i]) for i in positions]
         self._copies = {i for i, is_one in zip(positions, copies, strict=True) if is_one}
@@ -165,13 +178,18 @@ def spans_of(params: Sequence[Tensor]) -> list[Span]:
     by_ranks: dict[tuple[int, ...], list[int]] = {}
     for i, param in enumerate(params):
         if is_dtensor(param) and _mesh_tensor(param).device_mesh.get_coordinate() is not None:
-            ranks = tuple(sorted(_mesh_tensor(param).device_mesh.mesh.flatten().tolist()))
-            by_ranks.setdefault(ranks, []).append(i)
-    return [
+            by_ranks.setdefault(_ranks(_mesh_tensor(param).device_mesh), []).append(i)
+    spans = [
         Span(params, positions)
         for positions in by_ranks.values()
         if any([is_cut(params[i]) for i in positions])
     ]
+    # All ranks last: what some of them have agreed on by then is agreed on by all.
+    return sorted(spans, key=lambda span: len(span.ranks))
+
+
+def _ranks(mesh: Any) -> tuple[int, ...]:  # noqa: ANN401 - a DeviceMesh
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
 def _groups(mesh: Any) -> tuple[ProcessGroup | None, ...]:  # noqa: ANN401 - a DeviceMesh
@@ -180,6 +198,14 @@ def _groups(mesh: Any) -> tuple[ProcessGroup | None, ...]:  # noqa: ANN401 - a D
     if len(dims) > 1 and mesh.size() == world_size():
         return (None,)
     return tuple(mesh.get_group(dim) for dim in dims)
+
+
+def _cuts(tensor: Tensor) -> tuple[Any, frozenset[int]]:
+    """Return the mesh of a tensor, None without one, and along which of its dims it is cut."""
+    if not is_dtensor(tensor):
+        return None, frozenset()
+    mesh, places = _mesh_tensor(tensor).device_mesh, _mesh_tensor(tensor).placements
+    return mesh, frozenset(d for d, place in enumerate(places) if not place.is_replicate())
 
 
 def _cut_dim(place: Any) -> int | None:  # noqa: ANN401 - a Placement

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from stablekit._callers import is_checkpointing
 from stablekit._saved import VERSION, check_frame
 from stablekit.errors import StateError, StateWarning
 from stablekit.events import Event
@@ -35,10 +37,7 @@ def dump(session: Session) -> dict[str, Any]:
         "events": [
             _plain(event.as_dict(), f"events[{i}]") for i, event in enumerate(session.events)
         ],
-        "plugins": {
-            name: {"settings": settings(plugin), "state": _state_of(plugin)}
-            for name, plugin in session.plugins.items()
-        },
+        "plugins": _entries(session),
     }
 
 
@@ -57,7 +56,7 @@ def take_over(session: Session, state: Mapping[str, Any]) -> None:
     session.mail.drop()
     for name, plugin in session.plugins.items():
         if name in state["plugins"]:
-            _load_plugin(plugin, state["plugins"][name]["state"])
+            load_plugin(plugin, state["plugins"][name]["state"])
     session.restore(state, [Event.from_dict(event) for event in state["events"]])
 
 
@@ -70,16 +69,16 @@ def check(session: Session, state: Mapping[str, Any], *, strict: bool) -> None:
         StateError: The message names the field.
     """
     check_frame(state)
-    saved, ours = state["plugins"], session.plugins
+    saved, ours = _to_restore(state["plugins"]), _entries(session)
     if strict and set(saved) != set(ours):
         raise StateError(
             f"the state is of the plugins {sorted(saved)}, the session has {sorted(ours)};"
             " pass strict=False to start the others afresh"
         )
-    for name, plugin in ours.items():
+    for name in ours:
         if name in saved:
-            _try(name, plugin, saved[name]["state"])
-    _compare(session, saved)
+            _try(name, session.plugins[name], saved[name]["state"])
+    _compare(session, ours, saved)
 
 
 def settings(plugin: Plugin) -> dict[str, Any]:
@@ -95,18 +94,19 @@ def register(session: Session) -> list[RemovableHandle]:
     optimizer = session.optimizers[0]
     pending: list[Mapping[str, Any]] = []
 
+    def settle(_: Optimizer) -> None:
+        session.give_back()
+
     def save(_: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict[KEY] = session.state_dict()
 
     def verify(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         pending.clear()
         if KEY not in state_dict:
-            warnings.warn(
-                "the optimizer state being loaded holds no stablekit state: plugins keep theirs."
-                " If it was saved through another channel, call session.load_state_dict(...)",
-                StateWarning,
-                stacklevel=4,
-            )
+            if not is_checkpointing(sys._getframe()):
+                warn_of_missing(stacklevel=5)
+            elif not session.is_restored:  # it comes through another channel, if it comes
+                session.awaits_state = True
             return state_dict
         check(session, state_dict[KEY], strict=False)
         pending.append(state_dict[KEY])
@@ -116,7 +116,7 @@ def register(session: Session) -> list[RemovableHandle]:
         if pending:
             take_over(session, pending.pop())
 
-    if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+    if optimizer not in _with_state_hooks(session):
         # Wrappers such as pytorch_optimizer's Lookahead have step hooks and nothing else.
         warnings.warn(
             f"state_dict() of {type(optimizer).__name__} calls no hooks, so plugin state is not in"
@@ -126,13 +126,45 @@ def register(session: Session) -> list[RemovableHandle]:
         )
         return []
     return [
+        *(one.register_state_dict_pre_hook(settle) for one in _with_state_hooks(session)),
         optimizer.register_state_dict_post_hook(save),
         optimizer.register_load_state_dict_pre_hook(verify),
         optimizer.register_load_state_dict_post_hook(apply),
     ]
 
 
-def _state_of(plugin: Plugin) -> dict[str, Any]:
+def warn_of_missing(*, stacklevel: int) -> None:
+    """Warn that an optimizer continues from a checkpoint and its plugins do not."""
+    warnings.warn(
+        "the optimizer state that was loaded holds no stablekit state: plugins keep theirs. If it"
+        " was saved through another channel, call session.load_state_dict(...); with"
+        " torch.distributed.checkpoint save stablekit.checkpoint.SessionState(session) too",
+        StateWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def _entries(session: Session) -> dict[str, Any]:
+    """Return what there is to save of each plugin that has something to save."""
+    return _to_restore(
+        {
+            name: {"settings": settings(plugin), "state": state_of(plugin)}
+            for name, plugin in session.plugins.items()
+        }
+    )
+
+
+def _to_restore(plugins: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out plugins that have neither settings nor state."""
+    return {name: entry for name, entry in plugins.items() if entry["settings"] or entry["state"]}
+
+
+def _with_state_hooks(session: Session) -> list[Optimizer]:
+    return [one for one in session.optimizers if hasattr(one, "_optimizer_state_dict_post_hooks")]
+
+
+def state_of(plugin: Plugin) -> dict[str, Any]:
+    """Return a plugin's own state, copied."""
     save: Callable[[], dict[str, Any]] | None = getattr(plugin, "state_dict", None)
     state = save() if save is not None else {}
     return {key: _plain(value, f"{plugin.name}.{key}") for key, value in state.items()}
@@ -151,23 +183,33 @@ def _plain(value: Any, path: str) -> Any:  # noqa: ANN401 - any state value
     raise StateError(f"state field {path} is a {type(value).__name__}; plain values are expected")
 
 
-def _load_plugin(plugin: Plugin, state: Mapping[str, Any]) -> None:
+def load_plugin(plugin: Plugin, state: Mapping[str, Any]) -> None:
+    """Give a plugin the state it saved."""
     restore: Callable[[Mapping[str, Any]], None] | None = getattr(plugin, "load_state_dict", None)
     if restore is not None:
         restore(state)
 
 
+def go_back(plugin: Plugin, state: Mapping[str, Any]) -> None:
+    """Have a plugin follow a run that goes back to where the plugin had this state."""
+    follow: Callable[[Mapping[str, Any]], None] | None = getattr(plugin, "go_back", None)
+    if follow is not None:
+        follow(state)
+    else:
+        load_plugin(plugin, state)
+
+
 def _try(name: str, plugin: Plugin, state: Mapping[str, Any]) -> None:
     """Load a plugin's state and put the old one back, so that a bad one is found beforehand."""
     path = f"plugins.{name}.state"
-    before = _state_of(plugin)
+    before = state_of(plugin)
     if set(state) != set(before):
         odd = sorted(map(str, set(state) ^ set(before)))
         raise StateError(
             f"state field {path} must have the keys {sorted(before)}; differs in {odd}"
         )
     try:
-        _load_plugin(plugin, state)
+        load_plugin(plugin, state)
     except (
         ValueError,
         TypeError,
@@ -178,20 +220,19 @@ def _try(name: str, plugin: Plugin, state: Mapping[str, Any]) -> None:
     ) as error:
         raise StateError(f"state field {path}: {error}") from error
     finally:
-        _load_plugin(plugin, before)
+        load_plugin(plugin, before)
 
 
-def _compare(session: Session, saved: Mapping[str, Any]) -> None:
+def _compare(session: Session, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Warn once about every way in which the saved session was another one."""
-    ours = session.plugins
     said = []
     if added := [name for name in ours if name not in saved]:
         said.append(f"start afresh, not in the checkpoint: {', '.join(added)}")
     if removed := [name for name in saved if name not in ours]:
         said.append(f"dropped, not attached now: {', '.join(removed)}")
-    for name, plugin in ours.items():
+    for name in ours:
         before = saved.get(name, {}).get("settings", {})
-        now = settings(plugin)
+        now = ours[name]["settings"]
         changed = [key for key in now if key in before and before[key] != now[key]]
         said += [f"{name}.{key} stays {now[key]!r}, was {before[key]!r}" for key in changed]
         said += _strangers(name, saved.get(name, {}).get("state", {}), session)

@@ -8,6 +8,7 @@ raises fires no post-hook, so whatever it left open is closed when the next one 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import TYPE_CHECKING, Any, final
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from stablekit._amp import is_fused
+from stablekit._callers import is_checkpointing
+from stablekit._rates import LentRates
 from stablekit._withhold import Bookkeeping, Loan, Withheld, stand_in
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Wire:
         self._depth = 0
         self._frame: FrameType | None = None
         self._loan = Loan(optimizer)
+        self._rates: LentRates | None = None
         self._withheld: Withheld | None = None
         self._books: Bookkeeping | None = None
         self._ignored = False
@@ -73,6 +77,11 @@ class Wire:
         for handle in self._handles:
             handle.remove()
 
+    def give_back(self) -> None:
+        """Give back what a step that raised has left lent; nothing while a step is running."""
+        if not (self._depth and _is_running(self._frame)):
+            self._give_back()
+
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> _Call | None:  # noqa: ANN401 - any call
         if optimizer is not self.optimizer:
@@ -82,14 +91,16 @@ class Wire:
             return None
         self._give_back()
         self._frame, self._depth = sys._getframe(2), 1
-        self._ignored = self.pace.is_paused or _is_phantom(optimizer, kwargs)
+        self._ignored = self.pace.is_paused or _is_phantom(optimizer, kwargs, self._frame)
         if self._ignored:
             return None
         where, closure = _closure(args, kwargs)
         if closure is None:
             moment = self.pace.begin(self.optimizer, frame=self._frame)
             return self._apply(moment, args, kwargs)
-        return _with_closure(args, kwargs, where, self._wrapped(closure))
+        call = _with_closure(args, kwargs, where, self._wrapped(closure))
+        self._lend_rates()  # LBFGS reads its rate before it calls the closure
+        return call
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - any call
@@ -114,7 +125,8 @@ class Wire:
         return None
 
     def _lend(self, moment: Round) -> None:
-        """Hand a fused optimizer the loss scale and the skip flag that now hold."""
+        """Hand over lowered rates, and to a fused optimizer the loss scale and the skip flag."""
+        self._lend_rates()
         if not is_fused(self.optimizer):
             return
         if moment.lent_scale is not moment.amp.scale:
@@ -123,6 +135,16 @@ class Wire:
         if flag is not None:
             own: Tensor | None = getattr(self.optimizer, "found_inf", None)
             self._loan.set("found_inf", flag if own is None else torch.maximum(flag, own.view(())))
+
+    def _lend_rates(self) -> None:
+        factor = math.prod(self.session.lr_factors.values())
+        if factor != 1 and self._rates is None and not self.session.dry_run:
+            self._rates = LentRates(self.optimizer, factor)
+
+    def _take_back_rates(self) -> None:
+        if self._rates is not None:
+            self._rates.give_back()
+            self._rates = None
 
     def _wrapped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that treats the gradients each time they have been made."""
@@ -141,6 +163,7 @@ class Wire:
                     return loss
                 if isinstance(loss, Tensor):
                     self.pace.saw_loss(loss)
+                self._take_back_rates()  # hooks see, and may lend, the scheduler's
                 moment = self.pace.begin(self.optimizer, by_hand=True)
                 if moment.is_withheld:
                     books.hold()
@@ -165,6 +188,7 @@ class Wire:
         if self._books is not None:
             self._books.restore()
             self._books = None
+        self._take_back_rates()
 
 
 def _is_running(frame: FrameType | None) -> bool:
@@ -175,10 +199,15 @@ def _is_running(frame: FrameType | None) -> bool:
     return current is not None
 
 
-def _is_phantom(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
-    """Recognise torch.distributed.checkpoint making state: closure=None, no state, every lr 0."""
-    if set(kwargs) != {"closure"} or kwargs["closure"] is not None or optimizer.state:
+def _is_phantom(optimizer: Optimizer, kwargs: dict[str, Any], frame: FrameType | None) -> bool:
+    """Recognise torch.distributed.checkpoint making state: closure=None, no state, every lr 0.
+
+    Behind Accelerate's wrapper this looks like the first step of a warm-up; then the caller tells.
+    """
+    if optimizer.state:
         return False
+    if set(kwargs) != {"closure"} or kwargs["closure"] is not None:
+        return is_checkpointing(frame)
     return all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
 
 

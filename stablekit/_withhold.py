@@ -85,7 +85,7 @@ class Bookkeeping:
             for group in optimizer.param_groups
         ]
         self._state = {key: _noted(value) for key, value in optimizer.state.items()}
-        self._own = {k: _noted(v) for k, v in vars(optimizer).items() if not _is_structure(k)}
+        self._own = {k: _noted(v) for k, v in vars(optimizer).items() if not is_structure(k)}
 
     def hold(self) -> None:
         """Copy the small tensors noted, before the optimizer counts in place."""
@@ -102,7 +102,7 @@ class Bookkeeping:
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
         own = vars(self._optimizer)
-        for key in [k for k in own if not _is_structure(k) and k not in self._own]:
+        for key in [k for k in own if not is_structure(k) and k not in self._own]:
             del own[key]
         own.update(self._own)
 
@@ -118,7 +118,8 @@ def _noted(value: Any, *, clone: bool = False) -> Any:  # noqa: ANN401 - any boo
     return value
 
 
-def _is_structure(name: str) -> bool:
+def is_structure(name: str) -> bool:
+    """Tell whether an attribute of an optimizer is one that torch gives every optimizer."""
     return name in ("param_groups", "state", "defaults") or _is_hooks(name)
 
 

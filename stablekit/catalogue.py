@@ -52,9 +52,10 @@ def available() -> dict[str, PluginInfo]:
         ('transform_gradients',)
     """
     found = {}
+    versions: dict[str, tuple[str, str]] = {}
     for name, point in sorted(_points().items()):
         try:
-            found[name] = _info(point)
+            found[name] = _info(point, versions)
         except (ImportError, AttributeError) as error:
             warnings.warn(
                 f"plugin {name!r} ({point.value}) cannot be loaded: {error}",
@@ -110,15 +111,25 @@ def _points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _info(point: EntryPoint) -> PluginInfo:
+def _origin(point: EntryPoint, known: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """Return name and version of a distribution; its metadata is parsed once, which is slow."""
+    if point.dist is None:
+        return "", ""
+    place = str(getattr(point.dist, "_path", id(point.dist)))
+    if place not in known:
+        known[place] = point.dist.name, point.dist.version
+    return known[place]
+
+
+def _info(point: EntryPoint, versions: dict[str, tuple[str, str]]) -> PluginInfo:
     factory = point.load()
-    distribution = point.dist
+    distribution, version = _origin(point, versions)
     parameters = inspect.signature(factory).parameters
     return PluginInfo(
         name=point.name,
         summary=(inspect.getdoc(factory) or "").partition("\n")[0],
-        distribution=distribution.name if distribution else "",
-        version=distribution.version if distribution else "",
+        distribution=distribution,
+        version=version,
         entry_point=point.value,
         hooks=hooks_of(factory),
         parameters={key: parameter.default for key, parameter in parameters.items()},

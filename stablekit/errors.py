@@ -10,7 +10,8 @@
      |-- StateError              a saved state does not fit: names the field (a ValueError)
      |-- IncompleteRoundError    only some optimizers of one session were stepped
      |-- PlacementError          a gradient is not on the mesh of its parameter
-     `-- NonFiniteError          gradients stayed non-finite for longer than allowed
+     |-- NonFiniteError          gradients stayed non-finite for longer than allowed
+     `-- DivergenceError         training diverged, and what was to mend it is used up
 
     StablekitWarning (a UserWarning)
      |-- StateWarning            plugin state was not, or only partly, restored
@@ -19,6 +20,7 @@
 
 __all__ = [
     "AttachError",
+    "DivergenceError",
     "HookError",
     "IncompleteRoundError",
     "NoEffectWarning",
@@ -67,6 +69,10 @@ class PlacementError(StablekitError):
 
 class NonFiniteError(StablekitError):
     """Gradients are not finite where training cannot go on."""
+
+
+class DivergenceError(StablekitError):
+    """Training diverged where no means of recovery is left."""
 
 
 class StablekitWarning(UserWarning):

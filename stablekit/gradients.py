@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stablekit._commit import commit
+from stablekit._sharding import local
 from stablekit.errors import HookError
 from stablekit.scalars import ratio, where
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from stablekit._ledger import Ledger
     from stablekit.scalars import Scalar
 
-__all__ = ["Edit", "Gradients", "clip_factor"]
+__all__ = ["Edit", "Gradients", "clip_factor", "local"]
 
 
 @overload
@@ -111,7 +112,7 @@ class Gradients:
         """Return the global norm as backward left it, 0-dim float32."""
         if self._chosen is None:
             return self._ledger.raw_norm()
-        return self._ledger.total(self.raw_norms())
+        return self._ledger.total(self.raw_norms(), self._chosen)
 
     def norms(self) -> Tensor:
         """Return per-tensor norms now, float32 ``[P]``."""
@@ -119,7 +120,9 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Return the global norm now, 0-dim float32."""
-        return self._ledger.norm() if self._chosen is None else self._ledger.total(self.norms())
+        if self._chosen is None:
+            return self._ledger.norm()
+        return self._ledger.total(self.norms(), self._chosen)
 
     def amaxes(self) -> Tensor:
         """Return the largest absolute element of each tensor now, float32 ``[P]``.

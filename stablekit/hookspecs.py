@@ -69,10 +69,24 @@ class Plugin(Protocol):
 
     Optional are the hooks below; ``state_dict()`` / ``load_state_dict(state)`` for what must travel
     in a checkpoint (plain numbers, strings, lists and CPU tensors, under the same keys at all
-    times); a tuple ``needs`` naming the reads the plugin makes of every step's gradients beyond
-    their norms (``"unit_norms"``, ``"weight_unit_norms"``), so that one sweep can serve all
-    plugins; a string ``cost`` for the catalogue; and a class method ``example()`` that returns an
-    instance for the conformance checks where the constructor has required arguments.
+    times); ``go_back(state)``, called instead of ``load_state_dict`` where the run returns to a
+    snapshot in which the plugin had this state; a tuple ``needs`` naming what the plugin uses
+    beyond norms and loss; a string ``cost`` for the catalogue; and a class method ``example()``
+    that returns an instance for the conformance checks where the constructor has required
+    arguments.
+
+    ``needs`` lists any of
+
+    * ``"unit_norms"``, ``"weight_unit_norms"``: announced, they are read for all plugins in one
+      sweep, and reduced together with the norms;
+    * ``"amaxes"``: the largest element of each tensor;
+    * ``"elements"``: gradients element by element, through ``edit()``;
+    * ``"parameters"``: weights or optimizer state, read or written;
+    * ``"model"``: what its modules compute, through hooks of their own.
+
+    The last four cause no read: they tell tools such as ``stablekit replay`` that a record of
+    norms and losses does not say what the plugin would have done. It may be an attribute of the
+    instance where it depends on the arguments.
     """
 
     name: str

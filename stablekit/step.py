@@ -37,12 +37,18 @@ class Step:
         ...         step.skip("the gradient norm is over 1000", when=norm > 1000)
     """
 
-    __slots__ = ("_chosen", "_plugin", "_round")
+    __slots__ = ("_chosen", "_named", "_plugin", "_round")
 
     def __init__(
-        self, moment: Round, plugin: str = "", chosen: tuple[int, ...] | None = None
+        self,
+        moment: Round,
+        plugin: str = "",
+        chosen: tuple[int, ...] | None = None,
+        *,
+        named: bool = False,
     ) -> None:
         """Show a step to a plugin, restricted to the parameters at the chosen positions."""
+        self._named = named
         self._round = moment
         self._plugin = plugin
         self._chosen = chosen
@@ -94,6 +100,39 @@ class Step:
         """The parameters, or those this plugin was restricted to, in the order of the groups."""
         params = self._round.params
         return params if self._chosen is None else [params[i] for i in self._chosen]
+
+    @property
+    def named(self) -> bool:
+        """Whether the parameters were chosen by name, with ``only(..., include=...)``.
+
+        What leaves norms and biases alone by default takes those that were named.
+        """
+        return self._named
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter group of each of :attr:`parameters`, the optimizers' own dictionaries."""
+        groups = [
+            group
+            for optimizer in self._round.optimizers
+            for group in optimizer.param_groups
+            for _ in group["params"]
+        ]
+        return groups if self._chosen is None else [groups[i] for i in self._chosen]
+
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        """The optimizer's state of each of :attr:`parameters`, empty before its first update.
+
+        :mod:`stablekit.moments` knows what optimizers call the entries.
+        """
+        states = [
+            optimizer.state.get(param, {})
+            for optimizer in self._round.optimizers
+            for group in optimizer.param_groups
+            for param in group["params"]
+        ]
+        return states if self._chosen is None else [states[i] for i in self._chosen]
 
     @property
     def loss(self) -> Tensor | None:

@@ -1,10 +1,10 @@
-"""The command line of stablekit: ``stablekit demo``, ``stablekit plugins``, ``stablekit show``."""
+"""Commands: ``stablekit demo``, ``plugins``, ``show``, ``report``, ``watch``, ``replay``."""
 
 from __future__ import annotations
 
 __all__ = ["main"]
 
-EXTRA = {"matplotlib", "rich", "sklearn", "tensorboard", "typer"}
+EXTRA = {"jinja2", "matplotlib", "rich", "sklearn", "tensorboard", "typer"}
 
 
 def main() -> None:

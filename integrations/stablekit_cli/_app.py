@@ -107,6 +107,91 @@ def show(name: Annotated[str, typer.Argument(help="Name of a plugin, e.g. zclip.
     typer.echo(description)
 
 
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Folder of a recorded run: what Recorder(path) was given.",
+    ),
+]
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option(help="The HTML file.", show_default="RUN/report.html")
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write what happened in a run as one HTML file that needs no network."""
+    from stablekit_cli._runs import NoRunError, name_of, open_run
+    from stablekit_cli.report._write import write_report
+
+    target = run / "report.html" if output is None else output
+    try:
+        verdict = write_report(open_run(run), target, name=name_of(run))
+    except (NoRunError, OSError) as error:
+        _refuse(str(error))
+    typer.echo(verdict.text)
+    typer.echo(f"Written: {target}")
+    if open_it:
+        typer.launch(target.resolve().as_uri())
+
+
+@app.command()
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option(help="Draw one picture and return.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    last: Annotated[int, typer.Option(min=0, help="Steps in the plots; 0 for all.")] = 1000,
+) -> None:
+    """Follow a run in the terminal while it is recorded; Ctrl-C ends."""
+    from stablekit_cli._runs import NoRunError
+    from stablekit_cli.watch._live import watch as follow
+
+    try:
+        follow(run, _console(), once=once, every=every, last=last)
+    except (NoRunError, ValueError) as error:
+        _refuse(str(error))
+
+
+@app.command()
+def replay(
+    run: RunFolder,
+    plugin: Annotated[
+        list[str],
+        typer.Option(
+            help="Plugin with keywords (adagc:lambda_rel=1.05), or a chain joined with + "
+            "(nonfinite-guard+zclip); give the option once for each to be compared."
+        ),
+    ],
+    spikes: Annotated[
+        str,
+        typer.Option(
+            help="Steps to be caught, as 120,340. Default: those reported while it was recorded."
+        ),
+    ] = "",
+    chart: Annotated[
+        Path | None, typer.Option(help="The PNG file.", show_default="RUN/replay.png")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON instead of a table.")] = False,
+) -> None:
+    """Tell what plugins would have clipped in a recorded run, without training."""
+    from stablekit_cli._runs import NoRunError
+    from stablekit_cli.replay._chains import ChainError
+    from stablekit_cli.replay._run import replay as play
+
+    try:
+        steps = [int(step) for step in spikes.split(",") if step.strip()]
+    except ValueError:
+        _refuse(f"--spikes takes numbers of steps separated by commas, got {spikes!r}")
+    try:
+        play(run, plugin, steps, chart, _console(), json=json)
+    except (ChainError, NoRunError, OSError) as error:
+        _refuse(str(error))
+
+
 def _console() -> Console:
     """Return a console wide enough for the tables where no terminal says otherwise."""
     from rich.console import Console

@@ -93,11 +93,13 @@ class StableKitCallback(TrainerCallback):
             )
         if self._session is not None:
             self._session.detach()
-        session = stablekit.attach(optimizer, *self.plugins, model=model, **self.options)
-        if clipper := substitute(session, self.clipping.limit(args)):
+        options = {**_following(args), **self.options}
+        session = stablekit.attach(optimizer, *self.plugins, model=model, **options)
+        limit = self.clipping.limit(args)
+        if clipper := substitute(session, limit, tell=args.should_log):
             session.detach()
             plugins = (*self.plugins, *clipper)
-            session = stablekit.attach(optimizer, *plugins, model=model, **self.options)
+            session = stablekit.attach(optimizer, *plugins, model=model, **options)
         if self._session is None:
             self._pristine = session.state_dict()
         else:  # plugins given as instances have learned from the optimizer before
@@ -174,6 +176,12 @@ class StableKitCallback(TrainerCallback):
         """Give ``max_grad_norm`` back; the session stays for its events and another ``train()``."""
         self.clipping.give_back(args)
 
+    def restore_beside(self, folder: str) -> None:
+        """Continue from a checkpoint that has no ``optimizer.pt`` to carry the plugins' state."""
+        saved = _checkpoint.read_beside(folder)
+        if saved is not None:
+            self.session.load_state_dict(saved, strict=False)
+
     def _say_limits(self, args: TrainingArguments) -> None:
         if not self._said and args.should_log:
             _LOGGER.warning(_LIMITS)
@@ -189,6 +197,12 @@ class StableKitCallback(TrainerCallback):
             )
         else:
             self.session.load_state_dict(saved, strict=False)
+
+
+def _following(args: TrainingArguments) -> dict[str, Any]:
+    """Return the options that depend on the device: under FSDP parameters get there later."""
+    on_host = args.device.type == "cpu"
+    return {"device_mode": not on_host, "log_every": 1 if on_host else 10}
 
 
 def _session_of(optimizer: Any) -> Session | None:  # noqa: ANN401 - as stablekit.session

@@ -57,6 +57,14 @@ def write_beside(session: Session, args: TrainingArguments, state: TrainerState)
         os.replace(part, folder / _BESIDE)
 
 
+def read_beside(folder: str | Path) -> dict[str, Any] | None:
+    """Return the state that :func:`write_beside` has left in a checkpoint, if it has."""
+    beside = Path(folder, _BESIDE)
+    if not beside.is_file():
+        return None
+    return dict(torch.load(beside, weights_only=True, map_location="cpu"))
+
+
 def _candidates(args: TrainingArguments, state: TrainerState, output_dir: str) -> Iterator[Path]:
     name = f"checkpoint-{state.global_step}"
     if args.resume_from_checkpoint:
@@ -84,11 +92,10 @@ def _mark_of(folder: Path, step: int) -> Any:  # noqa: ANN401 - parsed JSON
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    beside, optimizer = folder / _BESIDE, folder / "optimizer.pt"
-    if beside.is_file():
-        return dict(torch.load(beside, weights_only=True, map_location="cpu"))
-    if not optimizer.is_file():
-        return None
+    optimizer = folder / "optimizer.pt"
+    beside = read_beside(folder)
+    if beside is not None or not optimizer.is_file():
+        return beside
     # Mapped, so that only this key is read; copied, since the file may be written again.
     saved = torch.load(optimizer, weights_only=True, map_location="cpu", mmap=True)
     return dict(copy.deepcopy(saved[KEY])) if KEY in saved else None

@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from stablekit import Session
 
 _LOGGER = logging.getLogger("stablekit_transformers")
+_DRY = (
+    "dry run of {names}: Trainer clips to max_grad_norm={limit:g} before them, so they see clipped"
+    " gradients; set max_grad_norm=0 to show them what backward left"
+)
+_LEFT_OUT = (
+    "max_grad_norm={limit:g} is not applied in this training, it would hide the gradients from"
+    " {names}; list 'global-norm:max_norm={limit:g}' to have both"
+)
+_REPLACED = (
+    "max_grad_norm={limit:g} is applied by the plugin global-norm, so that {names} can see the"
+    " gradients before they are clipped"
+)
 
 
 @final
@@ -44,35 +56,21 @@ class BuiltInClipping:
             args.max_grad_norm, self._given = self.limit(args), None
 
 
-def substitute(session: Session, limit: float) -> tuple[str, ...]:
-    """Return the plugin that clips in Trainer's stead if no other changes gradients, and say so."""
-    names = ", ".join(session.plugins) or "no plugin"
+def substitute(session: Session, limit: float, *, tell: bool) -> tuple[str, ...]:
+    """Return the plugin that clips in Trainer's stead, if no other changes gradients.
+
+    Args:
+        session: the plugins at work.
+        limit: ``max_grad_norm``, 0 for none.
+        tell: whether to log what becomes of it.
+    """
     if not limit:
         return ()
-    if session.dry_run:
-        _LOGGER.warning(
-            "dry run of %s: Trainer clips to max_grad_norm=%g before them, so they see clipped"
-            " gradients; set max_grad_norm=0 to show them what backward left",
-            names,
-            limit,
-        )
-        return ()
-    if any("transform_gradients" in hooks_of(plugin) for plugin in session.plugins.values()):
-        _LOGGER.warning(
-            "max_grad_norm=%g is not applied in this training, it would hide the gradients from"
-            " %s; list 'global-norm:max_norm=%g' to have both",
-            limit,
-            names,
-            limit,
-        )
-        return ()
-    _LOGGER.warning(
-        "max_grad_norm=%g is applied by the plugin global-norm, so that %s can see the gradients"
-        " before they are clipped",
-        limit,
-        names,
-    )
-    return (f"global-norm:max_norm={limit!r}",)
+    clips = any("transform_gradients" in hooks_of(plugin) for plugin in session.plugins.values())
+    said = _DRY if session.dry_run else _LEFT_OUT if clips else _REPLACED
+    if tell:
+        _LOGGER.warning(said.format(limit=limit, names=", ".join(session.plugins) or "no plugin"))
+    return (f"global-norm:max_norm={limit!r}",) if said is _REPLACED else ()
 
 
 def norm_only(accelerator: Any, clip: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ANN401 - untyped upstream

@@ -45,6 +45,7 @@ def attach(trainer: Trainer, *plugins: Any, **options: Any) -> StableKitCallback
     callback.sees_trainer = True
     trainer.add_callback(callback)
     _attach_at_creation(trainer, callback)
+    _restore_with_optimizer(trainer, callback)
     _observe_losses(trainer, callback)
     _log_metrics(trainer, callback)
     if not options.get("dry_run"):
@@ -63,6 +64,18 @@ def _attach_at_creation(trainer: Any, callback: StableKitCallback) -> None:  # n
         return created
 
     trainer.create_optimizer = create_optimizer
+
+
+def _restore_with_optimizer(trainer: Any, callback: StableKitCallback) -> None:  # noqa: ANN401 - its methods are replaced
+    """Continue from checkpoints whose optimizer has lost the plugins' state, as under FSDP."""
+    load = trainer._load_optimizer_and_scheduler
+
+    def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
+        load(checkpoint)
+        if checkpoint is not None:
+            callback.restore_beside(checkpoint)
+
+    trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler
 
 
 def _observe_losses(trainer: Any, callback: StableKitCallback) -> None:  # noqa: ANN401 - its methods are replaced

@@ -38,6 +38,7 @@ class ClipValue:
         tensor([-0.5000,  0.2500])
     """
 
+    needs = ("amaxes", "elements")
     cost = "two reads of the gradients, and a write of the tensors that exceed the limit"
 
     def __init__(self, limit: float, *, name: str | None = None) -> None:

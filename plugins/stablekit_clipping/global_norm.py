@@ -70,6 +70,7 @@ class GlobalNorm:
         """Check the arguments."""
         self.max_norm = number("max_norm", max_norm, above=0)
         self.norm_type = one_of("norm_type", norm_type, (2.0, math.inf))
+        self.needs: tuple[str, ...] = ("amaxes",) if self.norm_type == math.inf else ()
         self.name = plugin_name(name, "global-norm")
 
     @hookimpl

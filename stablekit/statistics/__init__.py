@@ -5,17 +5,22 @@ where it is false; that is how a skipped step or a non-finite value stays out. S
 and CPU tensors, the same in both modes.
 """
 
+from stablekit.statistics._baseline import RobustBaseline, Verdict
 from stablekit.statistics._growing import GrowingQuantile
 from stablekit.statistics._moments import RunningMoments
 from stablekit.statistics._named import NamedValues
 from stablekit.statistics._saved import history_of, scalar_of
 from stablekit.statistics._window import LONGEST, WindowQuantile, window_quantile
+from stablekit.statistics._window_moments import WindowMoments
 
 __all__ = [
     "LONGEST",
     "GrowingQuantile",
     "NamedValues",
+    "RobustBaseline",
     "RunningMoments",
+    "Verdict",
+    "WindowMoments",
     "WindowQuantile",
     "history_of",
     "scalar_of",

@@ -18,7 +18,7 @@ from stablekit.testing._compare import (
     require_same,
     tensors_in,
 )
-from stablekit.testing._probes import FusedSGD, HostReads, PlainSGD
+from stablekit.testing._probes import FusedAdam, HostReads, PlainAdam, reads_seen
 from stablekit.testing._runs import NanGuard, TinyRun
 
 if TYPE_CHECKING:
@@ -56,9 +56,18 @@ def check_has_a_name_and_a_summary(factory: Factory) -> None:
     require(bool((type(plugin).__doc__ or "").strip()), "the class has no docstring")
 
 
+def check_reads_are_announced(factory: Factory) -> None:
+    """What a plugin reads beyond norms and loss is in its ``needs``."""
+    plugin = factory()
+    with reads_seen() as seen:
+        TinyRun(plugin, spike_at=(6,)).go(8)
+    missing = sorted(seen - set(getattr(plugin, "needs", ())))
+    require(not missing, f"{plugin.name} uses {', '.join(missing)}: name it in needs = (...)")
+
+
 def check_detach_leaves_no_trace(factory: Factory) -> None:
     """After ``detach()`` the optimizer holds exactly what it held before."""
-    run = TinyRun(optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    run = TinyRun(optimizer=lambda params: torch.optim.AdamW(params, lr=0.01))
     before = dict(vars(run.optimizer))
     with attach(run.optimizer, factory(), model=run.model):
         run.go(3)
@@ -103,7 +112,7 @@ def check_faults_leave_all_finite(factory: Factory) -> None:
 
 def check_unguarded_faults_stay_out_of_state(factory: Factory) -> None:
     """Even without a guard no statistic becomes NaN."""
-    run = TinyRun(factory(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **_FAULTS).go(14)
+    run = TinyRun(factory(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.0), **_FAULTS).go(14)
     require_finite(
         tensors_in(run.plugin_state(), nan_only=True), "a fault reached the plugin's state"
     )
@@ -161,11 +170,11 @@ def check_closure_counts_once(factory: Factory) -> None:
     if "observe_gradients" in hooks_of(factory()):
         return
 
-    class Twice(torch.optim.SGD):
+    class Twice(torch.optim.AdamW):
         def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]  # noqa: ANN401 - as torch
             with torch.enable_grad():
                 closure()
-                return closure()
+            return super().step(closure)
 
     def train(make: Callable[[Any], torch.optim.Optimizer]) -> TinyRun:
         run = TinyRun(factory(), optimizer=make)
@@ -181,7 +190,7 @@ def check_closure_counts_once(factory: Factory) -> None:
             run.step += 1
         return run
 
-    once = train(lambda params: torch.optim.SGD(params, lr=0.0))
+    once = train(lambda params: torch.optim.AdamW(params, lr=0.0))
     twice = train(lambda params: Twice(params, lr=0.0))
     require_equal(
         twice.plugin_state(), once.plugin_state(), "a second evaluation moved a statistic"
@@ -196,12 +205,8 @@ def check_half_precision_works(factory: Factory) -> None:
 
 def check_restriction_is_kept(factory: Factory) -> None:
     """Under ``only(...)`` other parameters train as if the plugin were not there."""
-
-    def sgd(params: Any) -> torch.optim.Optimizer:  # noqa: ANN401 - as torch
-        return torch.optim.SGD(params, lr=0.01)
-
-    bare = TinyRun(optimizer=sgd, spike_at=(0,)).go(1)
-    limited = TinyRun(only(factory(), include="0.*"), optimizer=sgd, spike_at=(0,)).go(1)
+    bare = TinyRun(spike_at=(0,)).go(1)
+    limited = TinyRun(only(factory(), include="0.*"), spike_at=(0,)).go(1)
     require_same(
         limited.weights()[2:], bare.weights()[2:], "a parameter outside only(...) was changed"
     )
@@ -227,9 +232,9 @@ def check_device_mode_decides_alike(factory: Factory) -> None:
 def check_device_mode_reads_no_host_value(factory: Factory) -> None:
     """Between two log points a device-mode step never waits for a value on the host."""
     if "observe_gradients" in hooks_of(factory()):
-        optimizer: Callable[[Any], torch.optim.Optimizer] = FusedSGD
+        optimizer: Callable[[Any], torch.optim.Optimizer] = FusedAdam
     else:
-        optimizer = PlainSGD
+        optimizer = PlainAdam
     run = TinyRun(factory(), optimizer=optimizer, device_mode=True, log_every=0)
     run.go(2)
     for _ in range(3):
@@ -245,6 +250,7 @@ def check_device_mode_reads_no_host_value(factory: Factory) -> None:
 
 CHECKS: tuple[Callable[[Factory], None], ...] = (
     check_has_a_name_and_a_summary,
+    check_reads_are_announced,
     check_detach_leaves_no_trace,
     check_dry_run_changes_nothing,
     check_observer_changes_nothing,

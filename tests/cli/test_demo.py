@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stablekit_monitors import read_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +64,50 @@ def test_protected_arm_skips_the_nan_and_the_others_die_of_it(
         assert arms[name]["held_out_end"] == "nan"
         assert arms[name]["held_out_before_injection"] != "nan"
         assert f"{name}: died at step {INJECTED + 1}, 1 step after the injected NaN" in done.stdout
+
+
+def test_protected_arms_leave_logs_and_reports(run: Callable[..., Result], tmp_path: Path) -> None:
+    for _ in range(2):
+        done = run("demo", "--workload", "digits", "--steps", STEPS, "--arms", "clip,zclip,adagc",
+                   "--out", tmp_path)  # fmt: skip
+
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path}/report.html" in done.stdout
+    logs = sorted((tmp_path / "logs").iterdir())
+    assert [log.name for log in logs] == ["adagc", "zclip"]
+    for log in logs:
+        recorded = read_run(log)
+        assert recorded.steps.tolist() == [*range(1, STEPS + 1)]
+        assert not (log / "earlier-1").exists()
+        named = {e.tensors for e in recorded.events if e.kind == "nonfinite"}
+        assert named == {("hidden2.weight",)}
+        assert np.flatnonzero(~recorded.ok).tolist() == [INJECTED - 1]
+    links = re.findall(r'<a href="(.*?)">', (tmp_path / "report.html").read_text("utf-8"))
+    assert links == ["logs/adagc/report.html"]
+    links = re.findall(r'<a href="(.*?)">', (logs[0] / "report.html").read_text("utf-8"))
+    assert [(logs[0] / link).resolve().is_file() for link in links] == [True]
+    assert run("report", logs[1]).exit_code == 0
+    assert run("replay", logs[1], "--plugin", "adagc").exit_code == 0
+
+
+def test_spikes_of_the_demo_are_detected_named_and_survived(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = run("demo", "--workload", "shards", "--steps", 90, "--arms", "zclip",
+               "--out", tmp_path)  # fmt: skip
+
+    assert done.exit_code == 0, done.output
+    (spike, *_) = [e for e in read_run(tmp_path / "logs" / "zclip").events if e.kind == "spike"]
+    assert spike.tensors
+    assert _arms(tmp_path)["zclip"]["spikes"] > 0
+    assert "worst spike at step" in done.stdout
+    assert spike.tensors[0] in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_unprotected_arms_leave_no_report(run: Callable[..., Result], tmp_path: Path) -> None:
+    run("demo", "--workload", "digits", "--steps", 10, "--arms", "clip", "--out", tmp_path)
+
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_arms_share_initial_weights_and_order_of_the_data(

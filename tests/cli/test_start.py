@@ -26,7 +26,7 @@ def test_help_is_answered_without_importing_torch() -> None:
 
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
-    for command in ("demo", "plugins", "show"):
+    for command in ("demo", "plugins", "replay", "report", "show", "watch"):
         assert command in done.stdout
 
 

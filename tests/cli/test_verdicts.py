@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from stablekit_cli.demo._arms import Arm
-from stablekit_cli.demo._checks import comparisons, failures, fate
+from stablekit_cli.demo._checks import comparisons, failures, fate, worst_spike
 from stablekit_cli.demo._protection import Incident, Reading
 from stablekit_cli.demo._summary import summarize
 from stablekit_cli.demo._training import Plan, Record, Run
@@ -26,6 +26,18 @@ def _run(label: str, held_out: float, *, skip: int | None = None, chain: bool = 
 
 def test_skipping_exactly_the_injected_step_passes() -> None:
     assert failures(_run("zclip", 2.0, skip=PLAN.injected_step), PLAN, FACTS) == []
+
+
+def test_the_worst_spike_is_told_with_its_tensor() -> None:
+    run = _run("zclip", 2.0)
+    for step, score in ((5, 9.0), (9, 20.0), (12, 7.0)):
+        data = {"signal": "loss", "value": 4.0, "baseline": 2.5, "score": score}
+        spike = Incident("spike", "", (f"tensor{step}",), data)
+        run.records[step - 1] = Record(step, 4.0, Reading(0.5, incidents=(spike,)), 1.0)
+
+    assert worst_spike(run) == ("; worst spike at step 9: loss 4, usually 2.5, most of all tensor9")
+    assert summarize(run, PLAN, FACTS).spikes == 3
+    assert worst_spike(_run("zclip", 2.0)) == ""
 
 
 def test_skipping_another_step_fails() -> None:

@@ -10,6 +10,7 @@ import torch
 import stablekit
 from stablekit.errors import PluginError
 from stablekit.testing import CHECKS
+from stablekit.testing._checks import check_reads_are_announced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,6 +24,16 @@ class NoDocstring:
     @stablekit.hookimpl
     def observe_gradients(self, step: Step) -> None:
         """Do nothing."""
+
+
+class ReadsUnannounced:
+    """Look at single elements, but say that norms are enough."""
+
+    name = "reads-unannounced"
+
+    @stablekit.hookimpl
+    def transform_gradients(self, step: Step) -> None:
+        step.gradients.edit().touched(())
 
 
 class LeavesAttribute:
@@ -211,6 +222,7 @@ class FeedsNanOn:
 
 BROKEN: dict[str, Callable[[], Plugin]] = {
     "check_has_a_name_and_a_summary": NoDocstring,
+    "check_reads_are_announced": ReadsUnannounced,
     "check_detach_leaves_no_trace": LeavesAttribute,
     "check_dry_run_changes_nothing": MovesWeightsInDryRun,
     "check_observer_changes_nothing": WritesInObserver,
@@ -232,3 +244,33 @@ BROKEN: dict[str, Callable[[], Plugin]] = {
 def test_the_check_finds_a_plugin_that_breaks_it(check: Callable[[Any], None]) -> None:
     with pytest.raises((AssertionError, PluginError)):
         check(BROKEN[check.__name__])
+
+
+@pytest.mark.parametrize(
+    ("need", "read"),
+    [
+        ("unit_norms", lambda step: step.gradients.unit_norms()),
+        ("weight_unit_norms", lambda step: step.gradients.weight_unit_norms()),
+        ("amaxes", lambda step: step.gradients.amaxes()),
+        ("elements", lambda step: step.gradients.edit().touched(())),
+        ("parameters", lambda step: step.norms_of(step.parameters)),
+    ],
+)
+def test_every_read_must_be_announced_by_its_name(
+    need: str, read: Callable[[Step], object]
+) -> None:
+    class Reader:
+        """Make one read."""
+
+        name = "reader"
+
+        def __init__(self, *needs: str) -> None:
+            self.needs = needs
+
+        @stablekit.hookimpl
+        def transform_gradients(self, step: Step) -> None:
+            read(step)
+
+    check_reads_are_announced(lambda: Reader(need))
+    with pytest.raises(AssertionError, match=f"reader uses {need}: name it in needs"):
+        check_reads_are_announced(Reader)

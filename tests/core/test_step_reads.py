@@ -102,3 +102,33 @@ def test_events_name_tensors_by_position_in_the_order_given(device_mode: bool) -
     optimizer.step()
     session.metrics()
     assert session.events[0].tensors == ("1.bias", "0.bias")
+
+
+def test_a_step_tells_whether_its_parameters_were_chosen_by_name() -> None:
+    everything, named, left = (Reader(lambda step: step.named) for _ in range(3))
+    named.name, left.name = "named", "left"
+    trained(
+        everything,
+        stablekit.only(named, include="bias"),
+        stablekit.only(left, exclude="bias"),
+        steps=1,
+    )
+    assert [everything.seen, named.seen, left.seen] == [[False], [True], [False]]
+
+
+def test_groups_and_states_are_those_of_the_parameters() -> None:
+    seen = []
+
+    class Look:
+        name = "look"
+
+        @hookimpl
+        def after_update(self, step: Step) -> None:
+            seen.append(([g["lr"] for g in step.groups], [s["step"].item() for s in step.states]))
+
+    model = nn.Linear(3, 2)
+    groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.25}]
+    optimizer = stablekit.wrap(torch.optim.AdamW(groups), Look())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert seen == [([0.5, 0.25], [1.0, 1.0])]

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import stablekit
 from stablekit import hookimpl
 from stablekit.errors import PlacementError
-from tests.distributed.work import Collectives
+from tests.distributed.chains import Collectives
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -96,6 +96,8 @@ def placements(rank: int, world: int) -> dict[str, Any]:
         "partial": _partial(flat, weight, grad, world),
         "nan": _nan_on_one_rank(flat, weight, grad, rank),
         "one loss": _loss_on_one_rank(flat, weight, grad, rank),
+        "whole nan": _bad_on_one_rank(flat, weight, grad, rank, torch.nan),
+        "whole inf": _bad_on_one_rank(flat, weight, grad, rank, torch.inf),
         "plain": _refusal(flat, weight, grad),
         "other mesh": _refusal(
             flat,
@@ -139,6 +141,25 @@ def _nan_on_one_rank(
     stablekit.attach(optimizer, plugin)
     optimizer.step()
     return [plugin.seen["largest"].item(), plugin.seen["norms"].item()]
+
+
+def _bad_on_one_rank(
+    mesh: DeviceMesh, weight: torch.Tensor, grad: torch.Tensor, rank: int, value: float
+) -> dict[str, Any]:
+    """A tensor that is whole on every rank, beside one that is not, goes bad on the second."""
+    plain = nn.Parameter(weight.clone())
+    plain.grad = grad.clone()
+    if rank == 1:
+        plain.grad[0, 0] = value
+    optimizer = torch.optim.SGD([plain, _sharded(mesh, weight, grad)], lr=0.0, foreach=False)
+    session = stablekit.attach(optimizer, "nonfinite-guard")
+    optimizer.step()
+    return {
+        "norm": session.metrics()["grad_norm"],
+        "skipped": session.skipped,
+        "kinds": [event.kind for event in session.events],
+        "culprits": list(session.events[0].tensors),
+    }
 
 
 def _loss_on_one_rank(

@@ -56,9 +56,20 @@ def test_nan_on_one_rank_is_nan_on_all(group: Group, world: int) -> None:
 
 
 def test_a_loss_on_one_rank_only_is_the_mean_of_those_there_are(group: Group, world: int) -> None:
-    first, *others = seen_in(group, world)
-    assert first["one loss"]["loss"] == 3.0
-    assert all("loss" not in seen["one loss"] for seen in others)
+    for seen in seen_in(group, world):
+        assert seen["one loss"]["loss"] == 3.0
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_not_finite_in_a_whole_tensor_of_one_rank_skips_the_step_on_all(
+    group: Group, world: int, value: str
+) -> None:
+    for rank, seen in enumerate(seen_in(group, world)):
+        found = seen[f"whole {value}"]
+        assert found["norm"] == pytest.approx(float(value), nan_ok=True)
+        assert found["skipped"] == 1
+        assert found["kinds"] == ["nonfinite", "skip"]
+        assert found["culprits"] == (["group0.0(5x4)"] if rank == 1 else [])
 
 
 def test_a_gradient_that_is_not_on_the_mesh_of_its_parameter_is_refused(

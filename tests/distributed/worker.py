@@ -10,39 +10,60 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.distributed.chains import CUT_BY_COLUMNS, EVERYTHING, chains, counted_chains
+from tests.distributed.composed import composed
+from tests.distributed.disagreements import absences, disagreements, lonely_losses, strangers
+from tests.distributed.overflows import overflows
+from tests.distributed.parallel import parallel
 from tests.distributed.placements import placements
-from tests.distributed.work import Run, chains, counted_chains, train
+from tests.distributed.stages import experts, pipeline, pipeline_in_device_mode
+from tests.distributed.training import Run, train
 
 RUNS = {
-    1: {"fsdp2": Run("fsdp2")},
+    1: {"ddp": Run("ddp"), "fsdp2": Run("fsdp2", dtype=torch.float64)},
     2: {
         "ddp": Run("ddp"),
-        "fsdp2": Run("fsdp2"),
+        "fsdp2": Run("fsdp2", saved=True, dtype=torch.float64),
         "columns": Run("columns", missing=True),
-        "counted ddp": Run("ddp", faults=False, counted=True, loss=False),
-        "counted ddp loss": Run("ddp", faults=False, counted=True),
-        "counted fsdp2": Run("fsdp2", faults=False, counted=True, loss=False),
-        "counted fsdp2 loss": Run("fsdp2", faults=False, counted=True),
+        "fsdp2, device mode": Run("fsdp2", device_mode=True),
+        "ddp, device mode": Run("ddp", device_mode=True),
+        "counted ddp": Run("ddp", faults=False, counted=True),
+        "counted fsdp2": Run("fsdp2", faults=False, counted=True),
     },
-    4: {"hsdp": Run("hsdp"), "fsdp2": Run("fsdp2")},
+    4: {"ddp": Run("ddp"), "fsdp2": Run("fsdp2", dtype=torch.float64), "hsdp": Run("hsdp")},
 }
-EVERYTHING = "everything"
-CUT_BY_COLUMNS = ("agc", "clip-value after agc", "quantile-clip of each tensor", EVERYTHING)
-"""Chains that see more than the global norm, which is the same however tensors are cut."""
+LIMITED = {
+    "columns": CUT_BY_COLUMNS,
+    "hsdp": (EVERYTHING,),
+    "fsdp2, device mode": (EVERYTHING,),
+    "ddp, device mode": (EVERYTHING,),
+}
+CASES = {
+    2: [
+        placements,
+        disagreements,
+        absences,
+        lonely_losses,
+        pipeline,
+        pipeline_in_device_mode,
+        experts,
+        overflows,
+        parallel,
+        composed,
+    ],
+    4: [placements, disagreements, strangers, lonely_losses, pipeline, experts, parallel],
+}
 
 
 def cases(rank: int, world: int) -> dict[str, Any]:
     """Run everything this size of group is for."""
     seen: dict[str, Any] = {}
-    for run, how in RUNS[world].items():
-        made = counted_chains() if how.counted else chains()
-        seen[run] = {
-            name: train(how, chain(), rank=rank, world=world)
-            for name, chain in made.items()
-            if name == EVERYTHING or (world == 2 and (run != "columns" or name in CUT_BY_COLUMNS))
-        }
-    if world > 1:
-        seen["placements"] = placements(rank, world)
+    for name, run in RUNS[world].items():
+        made = counted_chains() if run.counted else chains()
+        chosen = {key: made[key] for key in LIMITED.get(name, made)}
+        seen[name] = train(run, chosen, rank=rank, world=world)
+    for case in CASES.get(world, []):
+        seen[case.__name__] = case(rank, world)
     return seen
 
 

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from stablekit_cli.demo._training import Plan, Run
     from stablekit_cli.demo._workload import Facts
 
-__all__ = ["MARGIN", "NO_BETTER", "WORSE", "against_clip", "comparisons", "failures", "fate"]
+__all__ = [
+    "MARGIN",
+    "NO_BETTER",
+    "WORSE",
+    "against_clip",
+    "comparisons",
+    "failures",
+    "fate",
+    "worst_spike",
+]
 
 MARGIN = 0.01
 """Relative difference between two losses below which the demo calls neither better."""
@@ -61,6 +70,18 @@ def fate(run: Run, plan: Plan, facts: Facts) -> str:
     after = run.died_at - plan.injected_step
     end = f"died at step {run.died_at}, {after} step{'s' * (after != 1)} after {injected}"
     return f"{diverged}{end}: {run.cause}"
+
+
+def worst_spike(run: Run) -> str:
+    """Return the highest of the spikes that the monitor reported, as the end of a sentence."""
+    seen = [(one.data["score"], step, one) for step, one in run.incidents if one.kind == "spike"]
+    if not seen:
+        return ""
+    _, step, worst = max(seen, key=lambda one: one[:2])
+    value, usual = worst.data["value"], worst.data["baseline"]
+    what = f"{worst.data['signal']} {value:.3g}, usually {usual:.3g}"
+    names = f", most of all {worst.tensors[0]}" if worst.tensors else ""
+    return f"; worst spike at step {step}: {what}{names}"
 
 
 def comparisons(runs: list[Run], plan: Plan, facts: Facts) -> list[str]:

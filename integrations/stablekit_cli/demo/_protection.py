@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 import stablekit
 from stablekit.errors import StablekitError
-from stablekit_cli.demo._arms import CLIP, PRESET, Arm, ArmError
+from stablekit_cli.demo._arms import CLIP, PRESET, Arm, ArmError, plugin_name
+from stablekit_monitors import Recorder, SpikeMonitor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
 __all__ = ["Incident", "Protection", "Reading", "Stopped", "check", "plugin_names", "protect"]
 
 MAX_NORM = 1.0
 """Threshold of the arm ``clip``."""
+MONITOR = "spike-monitor"
 
 
 class Stopped(RuntimeError):
@@ -32,6 +36,7 @@ class Incident:
     kind: str
     message: str
     tensors: tuple[str, ...]
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class Protection(Protocol):
     def reading(self) -> Reading:
         """Return what happened in that step; not timed."""
 
+    def close(self) -> None:
+        """End: nothing more will be stepped."""
+
 
 class Plain:
     """No protection."""
@@ -72,6 +80,9 @@ class Plain:
         """Return the norm of the gradients, which a plain step leaves as they were."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return Reading(torch.nn.utils.get_total_norm(gradients).item())
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class TorchClip:
@@ -92,14 +103,27 @@ class TorchClip:
         norm = self._norm.item()
         return Reading(norm, MAX_NORM, float(norm > MAX_NORM))
 
+    def close(self) -> None:
+        """Do nothing."""
+
 
 class Wrapped:
-    """An optimizer with stablekit attached: the loop only reports its loss."""
+    """An optimizer with stablekit attached: the loop only reports its loss.
+
+    Besides what the arm names a spike monitor watches and, into a folder, a recorder records.
+    """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, chain: tuple[str, ...]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        chain: tuple[str, ...],
+        folder: Path | None,
     ) -> None:
-        self._session = stablekit.attach(optimizer, *chain, model=model, log_every=1)
+        witnesses: list[Any] = [] if folder is None else [Recorder(folder)]
+        if MONITOR not in map(plugin_name, chain):
+            witnesses.insert(0, SpikeMonitor())
+        self._session = stablekit.attach(optimizer, *chain, *witnesses, model=model, log_every=1)
         self._optimizer = optimizer
         self._skipped = 0.0
         self._last_event: object = None
@@ -130,6 +154,10 @@ class Wrapped:
             incidents=self._news(),
         )
 
+    def close(self) -> None:
+        """Leave the optimizer, so that the log is complete."""
+        self._session.detach()
+
     def _news(self) -> tuple[Incident, ...]:
         fresh = []
         for event in reversed(self._session.events):
@@ -138,7 +166,7 @@ class Wrapped:
             fresh.append(event)
         if fresh:
             self._last_event = fresh[0]
-        return tuple(Incident(e.kind, e.message, tuple(e.tensors)) for e in reversed(fresh))
+        return tuple(Incident(e.kind, e.message, e.tensors, e.data) for e in reversed(fresh))
 
 
 def plugin_names() -> list[str]:
@@ -146,10 +174,12 @@ def plugin_names() -> list[str]:
     return [*sorted(stablekit.available()), PRESET]
 
 
-def protect(arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer) -> Protection:
-    """Attach an arm to an optimizer."""
+def protect(
+    arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path | None = None
+) -> Protection:
+    """Attach an arm to an optimizer; one with stablekit records into the folder, if given."""
     if arm.protected:
-        return Wrapped(model, optimizer, arm.chain)
+        return Wrapped(model, optimizer, arm.chain, folder)
     return (TorchClip if arm.label == CLIP else Plain)(model, optimizer)
 
 

@@ -18,6 +18,7 @@ from stablekit_cli.demo._chart import draw
 from stablekit_cli.demo._checks import failures
 from stablekit_cli.demo._corpus import CorpusError
 from stablekit_cli.demo._protection import check, plugin_names
+from stablekit_cli.demo._reports import fresh_log, log_of, write_reports
 from stablekit_cli.demo._results import write_results
 from stablekit_cli.demo._table import notes, table
 from stablekit_cli.demo._tensorboard import write_tensorboard
@@ -56,13 +57,20 @@ def run_demo(
         raise UsageError(str(error)) from error
     plan = Plan(job.facts.steps if steps is None else steps, seed)
     _announce(console, job.facts, plan, chosen)
-    runs = _train_all(job, chosen, plan, console)
+    runs = _train_all(job, chosen, plan, out, console)
     _write(out, runs, plan, job.facts)
+    told = write_reports(out, runs, job.facts.name)
     console.print(table(runs, plan, job.facts))
     for note in notes(runs, plan, job.facts):
         console.print(note, soft_wrap=True)
     console.print(f"Written: {out}/demo.png, {out}/results.json", soft_wrap=True)
     console.print(f"Curves: tensorboard --logdir {out / 'tensorboard'}", soft_wrap=True)
+    if told is not None:
+        console.print(
+            f"Report: {out}/report.html ({told.label}; links to the others)", soft_wrap=True
+        )
+        log = log_of(out, told)
+        console.print(f"What if: stablekit replay {log} --plugin adagc", soft_wrap=True)
     return not any(failures(run, plan, job.facts) for run in runs)
 
 
@@ -95,9 +103,17 @@ def _announce(console: Console, facts: Facts, plan: Plan, arms: list[Arm]) -> No
     )
     for arm in arms:
         console.print(f"  {arm.label}: {arm.describe()}", soft_wrap=True, highlight=False)
+    if any(arm.protected for arm in arms):
+        console.print(
+            "  Every arm with stablekit is watched by spike-monitor and recorded.",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
-def _train_all(job: Workload, arms: list[Arm], plan: Plan, console: Console) -> list[Run]:
+def _train_all(
+    job: Workload, arms: list[Arm], plan: Plan, out: Path, console: Console
+) -> list[Run]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
@@ -107,16 +123,18 @@ def _train_all(job: Workload, arms: list[Arm], plan: Plan, console: Console) -> 
     )
     width = max(len(arm.label) for arm in arms)
     with Progress(*columns, console=console) as progress:
-        return [_train(job, arm, plan, progress, width) for arm in arms]
+        return [_train(job, arm, plan, fresh_log(out, arm), progress, width) for arm in arms]
 
 
-def _train(job: Workload, arm: Arm, plan: Plan, progress: Progress, width: int) -> Run:
+def _train(
+    job: Workload, arm: Arm, plan: Plan, folder: Path, progress: Progress, width: int
+) -> Run:
     task = progress.add_task(arm.label.ljust(width), total=plan.steps, status="")
 
     def show(record: Record) -> None:
         progress.update(task, completed=record.step, status=f"loss {record.loss:.3g}")
 
-    run = train(job, arm, plan, show)
+    run = train(job, arm, plan, show, folder)
     progress.update(task, status=_status(run, plan))
     progress.stop_task(task)
     return run

@@ -26,7 +26,10 @@ class Summary:
     share_clipped: float
     """Mean fraction of the tensors clipped, over the steps that clipped any."""
     steps_skipped: int
+    spikes: int
+    """Number of steps at which the spike monitor reported one."""
     culprits: tuple[str, ...]
+    """Tensors behind skipped steps and gradients that are not finite."""
     milliseconds: float
     """Median time of a step."""
 
@@ -44,7 +47,12 @@ def summarize(run: Run, plan: Plan, facts: Facts) -> Summary:
     window = range(settled_step(plan, facts) + 1, plan.injected_step + 1)
     losses = [record.loss for record in run.records if record.step in window]
     clipped = [record.reading.clipped for record in run.records if record.reading.clipped > 0]
-    names = (name for _, incident in run.incidents for name in incident.tensors)
+    names = (
+        name
+        for _, incident in run.incidents
+        if incident.kind in {"nonfinite", "skip"}
+        for name in incident.tensors
+    )
     high = facts.high_loss
     return Summary(
         worst_loss=max((one for one in losses if math.isfinite(one)), default=math.nan),
@@ -52,6 +60,7 @@ def summarize(run: Run, plan: Plan, facts: Facts) -> Summary:
         steps_clipped=len(clipped),
         share_clipped=statistics.fmean(clipped) if clipped else 0.0,
         steps_skipped=len(run.skipped_steps),
+        spikes=len({step for step, incident in run.incidents if incident.kind == "spike"}),
         culprits=tuple(dict.fromkeys(names)),
         milliseconds=statistics.median([r.milliseconds for r in run.records] or [math.nan]),
     )

@@ -17,6 +17,7 @@ from stablekit_cli.demo._checks import (
     comparisons,
     failures,
     fate,
+    worst_spike,
 )
 from stablekit_cli.demo._summary import settled_step, summarize
 
@@ -51,7 +52,7 @@ def notes(runs: list[Run], plan: Plan, facts: Facts) -> Iterator[Text]:
     """Yield the sentences below the table."""
     for run in runs:
         wrong = failures(run, plan, facts)
-        yield Text(f"{run.arm.label}: {fate(run, plan, facts)}")
+        yield Text(f"{run.arm.label}: {fate(run, plan, facts)}{worst_spike(run)}")
         for problem in wrong:
             yield Text(f"  CHECK FAILED: {problem}", style="bold red")
     lines = comparisons(runs, plan, facts)
@@ -69,7 +70,7 @@ def _headings(plan: Plan, facts: Facts) -> Iterator[str]:
     yield f"worst loss\nafter {settled_step(plan, facts)}"
     if facts.high_loss is not None:
         yield f"losses\n> {facts.high_loss}"
-    yield from ("steps\nclipped", "steps\nskipped", "ms per\nstep")
+    yield from ("steps\nclipped", "steps\nskipped", "spikes\nseen", "ms per\nstep")
 
 
 def _row(run: Run, runs: list[Run], plan: Plan, facts: Facts) -> Iterator[str]:
@@ -85,6 +86,7 @@ def _row(run: Run, runs: list[Run], plan: Plan, facts: Facts) -> Iterator[str]:
         yield str(summary.high_losses)
     yield f"{summary.steps_clipped}{partly}"
     yield str(summary.steps_skipped)
+    yield str(summary.spikes) if run.arm.protected else "-"
     yield f"{summary.milliseconds:.1f}"
     yield "\n".join(_culprit(name, facts) for name in summary.culprits) or "-"
 

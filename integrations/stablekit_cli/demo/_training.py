@@ -13,6 +13,7 @@ from stablekit_cli.demo._protection import Stopped, protect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import nn
 
@@ -79,11 +80,29 @@ class Run:
 
 
 def train(
-    workload: Workload, arm: Arm, plan: Plan, on_step: Callable[[Record], None] | None = None
+    workload: Workload,
+    arm: Arm,
+    plan: Plan,
+    on_step: Callable[[Record], None] | None = None,
+    folder: Path | None = None,
 ) -> Run:
-    """Train one arm until it ends or dies; nothing but the arm differs from call to call."""
-    loop = _Loop(workload, arm, plan)
-    run = Run(arm, held_out_start=loop.held_out())
+    """Train one arm until it ends or dies; nothing but the arm differs from call to call.
+
+    Args:
+        workload: what is trained.
+        arm: how it is protected.
+        plan: how long, and with which seed.
+        on_step: told of every step.
+        folder: where an arm with stablekit records its run.
+    """
+    loop = _Loop(workload, arm, plan, folder)
+    try:
+        return _train(loop, Run(arm, held_out_start=loop.held_out()), plan, on_step)
+    finally:
+        loop.close()
+
+
+def _train(loop: _Loop, run: Run, plan: Plan, on_step: Callable[[Record], None] | None) -> Run:
     for number in range(1, plan.steps + 1):
         if number == plan.injected_step:
             run.held_out_before = loop.held_out()
@@ -113,15 +132,18 @@ def _advance(loop: _Loop, run: Run, number: int) -> None:
 class _Loop:
     """A model, its optimizer under an arm, and the order of the data."""
 
-    def __init__(self, workload: Workload, arm: Arm, plan: Plan) -> None:
+    def __init__(self, workload: Workload, arm: Arm, plan: Plan, folder: Path | None) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
             self._model = workload.model()
         self._workload = workload
         self._plan = plan
         self._optimizer = workload.optimizer(self._model)
-        self._protection = protect(arm, self._model, self._optimizer)
+        self._protection = protect(arm, self._model, self._optimizer, folder)
         self._order = torch.Generator().manual_seed(plan.seed)
+
+    def close(self) -> None:
+        self._protection.close()
 
     def held_out(self) -> float:
         return self._workload.held_out(self._model)

@@ -1,0 +1,1 @@
+"""``stablekit replay``: what plugins would have done on a recorded run, without training."""

@@ -1,0 +1,1 @@
+"""``stablekit watch``: a recorded run in the terminal while it grows."""

@@ -1,0 +1,1 @@
+"""What only monitors look for in forward passes."""

@@ -1,0 +1,1 @@
+"""How a run is recorded: rows in memory, their files, and the folder they are in."""

@@ -1,0 +1,144 @@
+"""Which plugins are attached in the runs, and what watches them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, final
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stablekit
+from stablekit import hookimpl
+from stablekit.testing import factory_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stablekit import Step
+
+    Chain = Callable[[], list[Any]]
+
+GUARD = "nonfinite-guard"
+EVERYTHING = "everything"
+CUT_BY_COLUMNS = ("agc", "clip-value after agc", "quantile-clip of each tensor", EVERYTHING)
+"""Chains that see more than the global norm, which is the same however tensors are cut."""
+
+EAGER: dict[str, dict[str, Any]] = {
+    "spam": {"grad_accu_steps": 2, "warmup_steps": 2, "reset_interval": 4, "threshold": 5.0},
+    "stable-spam": {"reset_interval": 4},
+    "logit-scale-clamp": {"max_scale": 2.0},
+}
+"""Arguments that make a plugin act in as few steps as these runs have."""
+
+
+@final
+class Probe:
+    """Writes down what every step was; reads norms at its end, which may measure again."""
+
+    name = "probe"
+
+    def __init__(self) -> None:
+        """Start with an empty sheet."""
+        self.seen: list[dict[str, Any]] = []
+
+    @hookimpl
+    def on_step_end(self, step: Step) -> None:
+        """Note norms, loss and decision."""
+        gradients = step.gradients
+        self.seen.append(
+            {
+                "raw": gradients.raw_norms(),
+                "norms": gradients.norms(),
+                "norm": gradients.norm(),
+                "present": gradients.present,
+                "largest": gradients.amaxes(),
+                "loss": step.loss,
+                "ok": step.ok,
+            }
+        )
+
+
+@final
+class LossReader:
+    """Asks for the loss of every step."""
+
+    name = "loss-reader"
+
+    @hookimpl
+    def on_step_end(self, step: Step) -> None:
+        """Record it."""
+        if step.loss is not None:
+            step.record("loss", step.loss)
+
+
+@final
+class Collectives(TorchDispatchMode):
+    """Counts operations of torch.distributed, by name."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        """Run the operation."""
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            self.seen[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def plugin_named(name: str) -> Any:  # noqa: ANN401 - any plugin
+    """Return a plugin of the catalogue that acts early."""
+    return stablekit.create(name, **EAGER[name]) if name in EAGER else factory_of(name)()
+
+
+def chains() -> dict[str, Chain]:
+    """Return the chains that are trained with: each plugin, variants of some, all together."""
+
+    def one(name: str) -> Chain:
+        return lambda: [GUARD] if name == GUARD else [GUARD, plugin_named(name)]
+
+    def variant(name: str, **arguments: Any) -> Chain:  # noqa: ANN401 - a plugin's
+        return lambda: [GUARD, stablekit.create(name, **arguments)]
+
+    names = stablekit.available()
+    return {
+        **{name: one(name) for name in names},
+        "zclip, short warm-up": variant("zclip", warmup_steps=3, max_grad_norm=None),
+        "adagc, short warm-up": variant("adagc", warmup_steps=2),
+        "quantile-clip of each tensor": variant("quantile-clip", per_tensor=True),
+        "global-norm of the largest": variant("global-norm", norm_type=float("inf")),
+        "agc of small tensors": lambda: [
+            GUARD,
+            stablekit.only("agc", include=["logit_scale", "*bias"]),
+        ],
+        "clip-value after agc": lambda: [
+            GUARD,
+            "agc",
+            plugin_named("clip-value"),
+            stablekit.create("agc", clipping=0.001, name="again"),
+        ],
+        EVERYTHING: lambda: [GUARD, *(plugin_named(n) for n in names if n != GUARD)],
+    }
+
+
+def scales_by_norms(name: str) -> bool:
+    """Tell whether a plugin announces to use norms and loss only, as far as gradients go."""
+    return not {"amaxes", "elements", "parameters"} & set(getattr(plugin_named(name), "needs", ()))
+
+
+def counted_chains() -> dict[str, Chain]:
+    """Return what is attached when collectives are counted: each plugin, some together."""
+    names = [*stablekit.available()]
+
+    def one(name: str) -> Chain:
+        return lambda: [plugin_named(name)]
+
+    return {
+        "not attached": list,
+        **{name: one(name) for name in names},
+        "global-norm(norm_type=inf)": lambda: ["global-norm:norm_type=inf"],
+        "reads step.loss": lambda: [LossReader()],
+        "all that scale by norms": lambda: [plugin_named(n) for n in names if scales_by_norms(n)],
+        "agc, clip-value, agc": lambda: ["agc", plugin_named("clip-value"), "agc:name=again"],
+    }
