@@ -143,10 +143,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--faults", default="", help="only those that have this in their name")
     options = parser.parse_args()
     torch.set_num_threads(1)
     source = data()
-    for fault in FAULTS:
+    for fault in (fault for fault in FAULTS if options.faults in fault):
         print(f"\n{fault}")
         for name, make in chains().items():
             runs = [run(make(), fault, seed, source) for seed in range(options.seeds)]

@@ -19,6 +19,7 @@ from benchmarks import (
     rows_clipped,
     rows_device,
     rows_peers,
+    rows_qk_clip,
     rows_recorder,
     rows_stable_spam,
     rows_start,
@@ -42,6 +43,7 @@ _ON_WORKLOADS = {
     "recorder": rows_recorder.rows,
     "stable-spam": rows_stable_spam.rows,
     "updates": rows_updates.rows,
+    "qk-clip": rows_qk_clip.rows,
 }
 ROWS = (*_ON_WORKLOADS, "autoclip", "start", "device")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from stablekit._engines import refuse_engine
 from stablekit._layout import parameters_of
 from stablekit._reduce_groups import ReduceGroups
 from stablekit._seats import Seats
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _INSIDE = ("optimizer", "optim", "original_optimizer")
-_ENGINES = {
-    "DeepSpeedOptimizerWrapper": "DeepSpeed steps inside accelerator.backward",
-    "DeepSpeedZeroOptimizer": "DeepSpeed shows hooks flat shards it has already clipped",
-    "DeepSpeedZeroOptimizer_Stage3": "DeepSpeed shows hooks flat shards it has already clipped",
-    "MegatronLMOptimizerWrapper": "Megatron-LM replaces the optimizer by its own",
-}
 
 
 def attach(
@@ -87,7 +82,6 @@ def attach(
     if len({id(one) for one in optimizers}) < len(optimizers):
         raise AttachError("an optimizer is in the list twice; list each of them once")
     _refuse_shared(optimizers)
-    _refuse_flat(optimizers)
     seats = Seats(resolve(plugins))
     _warn_of_lost_state(optimizers, seats)
     return Session(
@@ -144,12 +138,7 @@ def innermost(candidate: Any) -> Optimizer:  # noqa: ANN401 - an optimizer or a 
     """
     current, seen = candidate, []
     while not has_native_hooks(current):
-        reason = _ENGINES.get(type(current).__name__)
-        if reason is not None or type(current).__module__.startswith(("deepspeed.", "megatron.")):
-            raise AttachError(
-                f"{type(current).__name__} cannot be attached to"
-                f"{': ' + reason if reason else ''}. Supported are plain torch, DDP and FSDP2."
-            )
+        refuse_engine(current)
         seen.append(current)
         inner = next((getattr(current, name) for name in _INSIDE if hasattr(current, name)), None)
         if inner is None or any(inner is other for other in seen):
@@ -176,15 +165,6 @@ def _refuse_shared(optimizers: list[Optimizer]) -> None:
         raise AttachError(
             "a parameter is held twice by the optimizers of this session: its gradient would count"
             " and be scaled twice. Give every parameter to one optimizer"
-        )
-
-
-def _refuse_flat(optimizers: list[Optimizer]) -> None:
-    if any(getattr(param, "_fsdp_flattened", False) for param in parameters_of(optimizers)):
-        raise AttachError(
-            "these parameters are of FSDP1 (FullyShardedDataParallel), which hands out parts of"
-            " tensors as if they were whole, so that every rank would see a norm of its own; use"
-            " fully_shard (FSDP2)"
         )
 
 

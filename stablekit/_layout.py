@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from stablekit._engines import SUPPORTED
 from stablekit._sharding import Span, is_dtensor, rows_here, spans_of
 from stablekit.errors import AttachError
 
@@ -136,8 +137,7 @@ def _refuse_flat(params: Sequence[Tensor]) -> None:
         raise AttachError(
             "the parameters are flat shards of FullyShardedDataParallel (FSDP1), with or without"
             " use_orig_params: nothing tells which part of which tensor they hold, so norms would"
-            " be those of the shards. Supported are plain torch, DDP, and FSDP2"
-            " (torch.distributed.fsdp.fully_shard; fsdp_version=2 in Accelerate and Trainer)"
+            f" be those of the shards. {SUPPORTED} (fsdp_version=2 in Accelerate and Trainer)"
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from stablekit import _nonfinite
 from stablekit._agreement import agree
 from stablekit._amp import AmpState, refuse_lonely, refuse_scaled, scaler_above
+from stablekit._engines import refuse_inside_engine
 from stablekit._round import Round
 from stablekit._sharding import world_size
 from stablekit.errors import IncompleteRoundError
@@ -106,6 +107,7 @@ class Pace:
         """Before the first step: make sure that all ranks will go through the steps together."""
         session = self.session
         layout, _ = session.current_layout()
+        refuse_inside_engine(frame)
         if world_size() > 1:
             has_groups, is_cut = bool(session.reduce_groups), bool(layout.spans)
             scaler = scaler_above(frame)

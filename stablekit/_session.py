@@ -90,6 +90,7 @@ class Session:
         self.loads = 0
         self._lr_factors: dict[str, float] = {}
         self._when_idle: list[Callable[[], None]] = []
+        self._to_tell: deque[tuple[Event, Step]] = deque()
         layout, _ = self.current_layout()
         on_host = layout.device.type == "cpu"
         self.host = on_host if device_mode is None else not device_mode
@@ -355,9 +356,17 @@ class Session:
         self.skipped += 1
 
     def publish(self, event: Event, step: Step) -> None:
-        """Keep an event and tell the plugins."""
+        """Keep an event and tell the plugins; what they emit meanwhile comes after it."""
         self._events.append(event)
-        self.seats.event(event, step)
+        self._to_tell.append((event, step))
+        if len(self._to_tell) > 1:
+            return
+        try:
+            while self._to_tell:
+                self.seats.event(*self._to_tell[0])
+                self._to_tell.popleft()
+        finally:
+            self._to_tell.clear()
 
     def close(self, moment: Round) -> None:
         """End a step: count it, fire the last hooks, hand out metrics."""

@@ -17,9 +17,9 @@ def summarize(session: Session) -> str:
     rows = [("plugin", "steps clipped", "threshold")]
     for name in session.plugins:
         count = clipped.get(name, 0)
-        share = count / session.updates if session.updates else 0.0
+        share = count / session.number if session.number else 0.0
         threshold = metrics.get(f"{name}/threshold")
-        acts = f"{name}/clipped" in metrics or threshold is not None or not session.number
+        acts = f"{name}/clipped" in metrics or not session.number
         rows.append(
             (
                 name,

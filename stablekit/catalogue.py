@@ -101,7 +101,7 @@ def create(name: str, /, **kwargs: Any) -> Plugin:  # noqa: ANN401 - the plugin'
 def _hint(kwargs: dict[str, Any], signature: inspect.Signature) -> str:
     known = list(signature.parameters)
     near = [difflib.get_close_matches(key, known, n=1) for key in kwargs if key not in known]
-    guess = f"; did you mean {near[0][0]}?" if near and near[0] else ""
+    guess = f"; did you mean {near[0][0]}?" if near and near[0] else "."
     if {"include", "exclude", "groups"} & kwargs.keys():
         guess = "; which parameters it sees is said with stablekit.only(...), not to the plugin."
     return f"{guess} Its arguments are {', '.join(known)}."

@@ -161,7 +161,7 @@ class Resets:
             kinds = ", ".join(type(one).__name__ for one in step.session.optimizers)
             raise AttachError(
                 f"{self.name} resets moments every {self.interval} updates, but {kinds} keeps none"
-                " that stablekit knows; reset nothing, or use an optimizer with momentum"
+                " that stablekit knows; set it to 0 if it may be, or use an optimizer with momentum"
             )
 
 

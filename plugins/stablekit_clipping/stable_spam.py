@@ -276,7 +276,7 @@ class StableSPAM:
         gamma1 *= self._scale(step)
         mean = gamma1 * mean + (1 - gamma1) * norms
         square = self.gamma2 * square + (1 - self.gamma2) * norms.square()
-        eps = [group.get("eps", 1e-8) for group in step.groups]
+        eps = [eps if isinstance(eps := g.get("eps"), float) else 1e-8 for g in step.groups]
         added = norms.new_tensor(eps) if len(set(eps)) > 1 else max(eps, default=0.0)
         wanted = adagn_norm(mean, square, counts, gamma1=gamma1, gamma2=self.gamma2, eps=added)
         return mean, square, wanted

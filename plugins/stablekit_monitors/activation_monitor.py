@@ -11,13 +11,13 @@ from torch import nn
 from stablekit import hookimpl
 from stablekit.arguments import flag, plugin_name, whole
 from stablekit.forward import Sampling, modules
-from stablekit_monitors._forward.passes import INPUT, OUTPUT, Passes, first_bad, place_of
+from stablekit_monitors._passes import INPUT, OUTPUT, Passes, first_bad, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stablekit import Event, Session, Step
-    from stablekit_monitors._forward.passes import Pass
+    from stablekit_monitors._passes import Pass
 
 __all__ = ["ActivationMonitor"]
 

@@ -18,7 +18,7 @@ from stablekit import hookimpl
 from stablekit.arguments import flag, plugin_name, whole
 from stablekit.errors import AttachError
 from stablekit.forward import Sampling, Slots, modules
-from stablekit_monitors._forward.pairing import Pairing
+from stablekit_monitors._pairing import Pairing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,7 +125,7 @@ class ContrastiveMonitor:
     needs = ("model",)
     cost = (
         "in sampled steps the products of all pairs of up to 1024 embeddings and one reduction"
-        " over ranks; otherwise one flag"
+        " over ranks, and a gather of a logit_scale that is sharded; otherwise one flag"
     )
 
     def __init__(

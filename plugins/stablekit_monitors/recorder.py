@@ -45,6 +45,7 @@ class Recorder:
     Above ``max_bytes`` old files are thinned: pairs of them become one that holds every second row,
     the peaks of loss and norm, and rows with events; each row says how many steps it stands for.
 
+    List it last: what plugins after it report at the end of a step is not in the row of that step.
     Of several processes only the first writes. If a loss is observed it is reduced for each row:
     one collective more under DDP, none under FSDP2, where it rides along with the norms.
 

@@ -166,7 +166,7 @@ class Escalation:
 
     def go_back(self, state: Mapping[str, Any]) -> None:
         """Continue with the windows of a snapshot; what was done since then stays in mind."""
-        self.skip.load_state_dict(_fields("skip", state))
+        self.skip.go_back(_fields("skip", state))
 
     def _escalate(self, step: Step) -> None:
         if step.number == self._tried_at:  # both signals stand out

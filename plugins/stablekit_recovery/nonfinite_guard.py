@@ -89,6 +89,10 @@ class NonFiniteGuard:
         in_a_row, total = whole("in_a_row", state["in_a_row"]), whole("total", state["total"])
         self._in_a_row, self._total = in_a_row, total
 
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Count in a row as in a snapshot; how many steps were skipped in all is still true."""
+        self.load_state_dict({**state, "total": int(self._total)})
+
     def _check(self, number: int, in_a_row: int) -> None:
         if in_a_row > self.max_consecutive:
             raise NonFiniteError(

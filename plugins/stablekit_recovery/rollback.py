@@ -56,7 +56,8 @@ class Rollback:
     AdamW in float32 12 bytes a parameter and snapshot. Snapshots are not part of a checkpoint: a
     resumed run has none until its first good step. Decisions rest on numbers that are the same on
     all ranks; :meth:`request` has to be called on every rank. In device mode the host learns of
-    losses every ``log_every`` steps, takes snapshots only then, and goes back that much later.
+    losses every ``log_every`` steps (with 0 hardly ever), takes snapshots only then, and goes back
+    that much later.
 
     Args:
         every: how many updates lie between snapshots.

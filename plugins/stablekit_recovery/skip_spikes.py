@@ -59,6 +59,7 @@ class _Judged(NamedTuple):
 
     name: str
     value: Scalar
+    limit: Scalar
     is_out: Flag
     is_bad: Flag
 
@@ -157,7 +158,7 @@ class SkipSpikes:
         step.skip("the gradients are not finite", when=is_broken)
         for one in judged:
             is_cause = (one.is_out | one.is_bad) & skips & invert(is_broken)
-            step.skip(f"{_NAMES[one.name]} stands out", when=is_cause)
+            step.skip(_reason(one), when=is_cause)
         learning = step.flag(step.learning) & invert(skips)
         self._taken = [self._take(step, one, is_spike & invert(skips), learning) for one in judged]
         row = where(is_spike, minimum(self._in_a_row + 1, self.max_consecutive), 0)
@@ -192,6 +193,10 @@ class SkipSpikes:
             self._windows[name].load(values)
         self._in_a_row, self._total, self._taken = in_a_row, total, []
 
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Continue with the windows of a snapshot; how many steps were skipped is still true."""
+        self.load_state_dict({**state, "total": int(self._total)})
+
     def _read(self, step: Step) -> list[tuple[str, Scalar]]:
         found: dict[str, Tensor | None] = {
             name: step.loss if name == "loss" else step.gradients.raw_norm()
@@ -217,7 +222,8 @@ class SkipSpikes:
         is_judged = (window.count >= self.warmup_steps) & (limit > mean)
         step.record(_METRICS[name], where(is_judged, limit, math.inf))
         has_value = is_finite(value)
-        return _Judged(name, value, is_judged & (value > limit) & has_value, invert(has_value))
+        is_out = is_judged & (value > limit) & has_value
+        return _Judged(name, value, limit, is_out, invert(has_value))
 
     def _take(self, step: Step, one: _Judged, is_over: Flag, learning: Flag) -> _Taken:
         """Say what a step that is taken does to a window; ``is_over``: although it is a spike."""
@@ -230,6 +236,14 @@ class SkipSpikes:
             f"{_NAMES[name]} stands out after {self.max_consecutive} skipped steps: the step is"
             " taken, and the new level accepted"
         )
+
+
+def _reason(one: _Judged) -> str:
+    """Say why a step is skipped, with numbers where they are on the host."""
+    said = f"{_NAMES[one.name]} stands out"
+    if isinstance(one.value, float) and isinstance(one.limit, float):
+        return f"{said}: {one.value:.4g}, the limit is {one.limit:.4g}"
+    return said
 
 
 def _any(judged: list[_Judged]) -> Flag:

@@ -156,7 +156,8 @@ def _is_transposed(name: str, module: nn.Module) -> bool:
     assert weight is not None
     if isinstance(module, nn.Linear) or weight.ndim == 1:
         return False
-    if type(module).__name__ == "Conv1D" and weight.ndim == 2:
+    # FSDP2 replaces the class of what it shards by one that inherits from it.
+    if weight.ndim == 2 and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
         return True
     raise AttachError(
         f"qk-clip knows how to scale the output of nn.Linear, of transformers' Conv1D and of norms;"

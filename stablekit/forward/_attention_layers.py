@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import nn
 
 from stablekit.errors import AttachError
 from stablekit.forward import modules
 
-__all__ = ["AttentionLayer", "known_layers", "named_layers", "rope_gain"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["AttentionLayer", "known_layers", "named_layers", "rope_gain", "ropes_in"]
 
 _SPLIT = frozenset(
     f"{family}Attention"
@@ -36,7 +39,13 @@ _FAMILIES = "LLaMA, Mistral, Mixtral, Qwen2, Qwen3, Gemma 1 to 3, OLMo 2, SmolLM
 @final
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer whose logits are ``scale * q . k``, RoPE or not."""
+    """One attention layer whose logits are ``scale * q . k``, RoPE or not.
+
+    Example:
+        >>> made = nn.Linear(8, 24)
+        >>> AttentionLayer("attn", made, made, 2, 4, None, is_fused=True).heads
+        2
+    """
 
     name: str
     """Name of the attention module."""
@@ -59,6 +68,12 @@ def known_layers(model: nn.Module) -> dict[AttentionLayer, nn.Module]:
 
     Raises:
         AttachError: There is none.
+
+    Example:
+        >>> known_layers(nn.MultiheadAttention(4, 2))
+        Traceback (most recent call last):
+            ...
+        stablekit.errors.AttachError: no attention layer that is known was found in ...
     """
     by_name = modules.named(model)
     found = {_layer(name, module): module for name, module in by_name.items() if _is_known(module)}
@@ -68,7 +83,7 @@ def known_layers(model: nn.Module) -> dict[AttentionLayer, nn.Module]:
             f"no attention layer that is known was found in {type(model).__name__}; known are those"
             f" of {_FAMILIES} in transformers, here are {', '.join(sorted(seen)) or 'none'}. Name"
             " the modules that make queries and keys, as in query='blocks.*.wq', key='blocks.*.wk',"
-            " head_dim=64; or, with mode='exact', the attention modules, as in layers='blocks.*'"
+            " head_dim=64"
         )
     return found
 
@@ -129,27 +144,36 @@ def _heads(query: nn.Module, head_dim: int | None, *, parts: int) -> int:
     return max(1, modules.width_of(query) // parts // head_dim)
 
 
-def rope_gain(model: nn.Module) -> float:
-    """Return how much rotary embeddings lengthen queries and keys: more than 1 with YaRN."""
-    found = [
-        float(value)
+def ropes_in(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the rotary embeddings of a model, with the attribute that tells what they add."""
+    return [
+        (module, key)
         for module in model.modules()
         for key, value in vars(module).items()
         if key.endswith("attention_scaling") and isinstance(value, (int, float))
     ]
-    return max(found, default=1.0)
+
+
+def rope_gain(ropes: Sequence[tuple[nn.Module, str]]) -> float:
+    """Return how much rotary embeddings lengthen queries and keys: more than 1 with YaRN."""
+    return max((float(getattr(module, key)) for module, key in ropes), default=1.0)
 
 
 def _is_known(module: nn.Module) -> bool:
-    kind = type(module)
-    if not kind.__module__.startswith("transformers.models."):
-        return False
+    kind = _kind(module)
     is_crossing = getattr(module, "is_cross_attention", False)
-    return kind.__name__ in _SPLIT or (kind.__name__ in _FUSED and not is_crossing)
+    return kind in _SPLIT or (kind in _FUSED and not is_crossing)
+
+
+def _kind(module: nn.Module) -> str:
+    """Return the name of a module's class in transformers, which FSDP2 replaces by another."""
+    kinds = (k for k in type(module).__mro__ if k.__module__.startswith("transformers.models."))
+    kind = next(kinds, None)
+    return "" if kind is None else kind.__name__
 
 
 def _layer(name: str, module: Any) -> AttentionLayer:  # noqa: ANN401 - an attention module of transformers
-    is_fused = type(module).__name__ in _FUSED
+    is_fused = _kind(module) in _FUSED
     query = module.c_attn if is_fused else getattr(module, "q_norm", module.q_proj)
     key = module.c_attn if is_fused else getattr(module, "k_norm", module.k_proj)
     return AttentionLayer(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stablekit.errors import AttachError
 from stablekit.forward import modules
-from stablekit.forward._attention_layers import rope_gain
+from stablekit.forward._attention_layers import rope_gain, ropes_in
 from stablekit.forward._slots import Slots
 
 if TYPE_CHECKING:
@@ -45,7 +45,20 @@ def logit_bound(queries: Tensor, keys: Tensor) -> Tensor:
 
 @final
 class BoundedLogits:
-    """The largest norms of queries and keys in every head of every layer."""
+    """The largest norms of queries and keys in every head of every layer.
+
+    Example:
+        >>> import stablekit
+        >>> from stablekit.forward import Sampling, named_layers
+        >>> model = nn.ModuleDict({"wq": nn.Linear(2, 4), "wk": nn.Linear(2, 4)})
+        >>> sampling = Sampling(every=1)
+        >>> layers = named_layers(model, "wq", "wk", head_dim=2)
+        >>> bounds = BoundedLogits(model, layers, sampling)
+        >>> sampling.attach(stablekit.attach(torch.optim.SGD(model.parameters())))
+        >>> _ = model["wq"](torch.ones(1, 3, 2)), model["wk"](torch.ones(1, 3, 2))
+        >>> bounds.take(reduce=False).shape
+        torch.Size([1, 2])
+    """
 
     def __init__(
         self,
@@ -64,7 +77,7 @@ class BoundedLogits:
             strict: refuse, in the forward pass, a layer of which this rank sees some heads only.
         """
         self.names = tuple(layer.name for layer in layers)
-        self._model, self._layers = model, layers
+        self._ropes = ropes_in(model)
         self._heads = max(layer.heads for layer in layers)
         self._slots = Slots(
             sampling, len(layers), peaks=2 * self._heads, device=modules.device_of(model)
@@ -77,7 +90,7 @@ class BoundedLogits:
     def take(self, *, reduce: bool) -> Tensor:
         """Return the bounds ``[layers, heads]`` since the last call, -inf where none was seen."""
         queries, keys = self._slots.take(reduce=reduce).chunk(2, dim=1)
-        return logit_bounds(queries, keys) * rope_gain(self._model) ** 2
+        return logit_bounds(queries, keys) * rope_gain(self._ropes) ** 2
 
     def drop(self) -> None:
         """Forget what was seen since the last call."""

@@ -27,6 +27,19 @@ class ExactLogits:
     """A function mode that is on while an attention module computes in a sampled step.
 
     Not inside ``torch.compile``, whose graphs hold no such mode.
+
+    Example:
+        >>> import stablekit
+        >>> from stablekit.forward import Sampling
+        >>> class Attention(nn.Linear):
+        ...     def forward(self, x):
+        ...         return nn.functional.scaled_dot_product_attention(super().forward(x), x, x)
+        >>> model, sampling = Attention(2, 2), Sampling(every=1)
+        >>> exact = ExactLogits(model, {"attn": model}, sampling, heads=[3])
+        >>> sampling.attach(stablekit.attach(torch.optim.SGD(model.parameters())))
+        >>> _ = model(torch.ones(1, 3, 4, 2))
+        >>> exact.take(reduce=False).shape
+        torch.Size([1, 3])
     """
 
     def __init__(

@@ -26,6 +26,18 @@ class Sampling:
     The flag changes at the end of a step and at no other time. So a model that ``torch.compile``
     traced has two variants and not one a step, and what gradient checkpointing computes again is
     looked at again: what hooks keep must stand that.
+
+    Args:
+        every: sample the steps whose number this divides, at least 1.
+
+    Example:
+        >>> import stablekit
+        >>> layer, sampling = torch.nn.Linear(2, 2), Sampling(every=1)
+        >>> sampling.after(layer, lambda module, inputs, output: print(sampling.looks_at(module)))
+        >>> sampling.attach(stablekit.attach(torch.optim.SGD(layer.parameters())))
+        >>> _ = layer(torch.ones(2)), layer.eval()(torch.ones(2))
+        True
+        False
     """
 
     def __init__(self, every: int) -> None:

@@ -25,6 +25,20 @@ class Slots:
     Written in place through ``.data``: a compiled graph then has the table as an input and nothing
     to guard, and gradient checkpointing, which compares versions of the inputs it kept, is not
     disturbed. Ratios of sums, and peaks, are the same if a forward pass is computed twice.
+
+    Args:
+        sampling: says when to look.
+        rows: how many modules there are.
+        sums: how many numbers of each add up.
+        peaks: how many are kept where they are the largest.
+        device: where the table is.
+
+    Example:
+        >>> slots = Slots(Sampling(every=1), 1, sums=1, peaks=1, device=torch.device("cpu"))
+        >>> slots.put(0, torch.tensor([2.0, 5.0]))
+        >>> slots.put(0, torch.tensor([3.0, 4.0]))
+        >>> slots.take(reduce=False).tolist()
+        [[5.0, 5.0]]
     """
 
     def __init__(
@@ -96,6 +110,11 @@ class Slots:
 
 
 def largest(values: Tensor, seen: Tensor) -> Tensor:
-    """Return the largest of the values that were seen, NaN if one is NaN or none was seen."""
+    """Return the largest of the values that were seen, NaN if one is NaN or none was seen.
+
+    Example:
+        >>> largest(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
+        tensor(1.)
+    """
     among = torch.where(seen, values, -torch.inf).amax()
     return torch.where(seen.any(), among, torch.nan)

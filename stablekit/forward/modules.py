@@ -37,6 +37,13 @@ def model_of(session: Session, plugin: str) -> nn.Module:
 
     Raises:
         AttachError: The session has none.
+
+    Example:
+        >>> import stablekit
+        >>> layer = nn.Linear(2, 2)
+        >>> session = stablekit.attach(torch.optim.SGD(layer.parameters()), model=layer)
+        >>> model_of(session, "my-plugin") is layer
+        True
     """
     model = session.model
     if model is None:
@@ -54,7 +61,12 @@ def model_of(session: Session, plugin: str) -> nn.Module:
 
 
 def named(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a model by name, "" for itself; of a wrapped one the wrapper."""
+    """Return the modules of a model by name, "" for itself; of a wrapped one the wrapper.
+
+    Example:
+        >>> list(named(nn.Sequential(nn.Linear(2, 2))))
+        ['', '0']
+    """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
@@ -79,7 +91,12 @@ def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Tell whether a model, or a module in it, was given to ``torch.compile``."""
+    """Tell whether a model, or a module in it, was given to ``torch.compile``.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 2))
+        False
+    """
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
@@ -91,6 +108,10 @@ def pattern(argument: str, value: str | None) -> str | None:
 
     Raises:
         TypeError: It is neither a string nor None.
+
+    Example:
+        >>> pattern("layers", "blocks.*")
+        'blocks.*'
     """
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{argument} must be a string or None, got {value!r}")
@@ -102,6 +123,11 @@ def matching(model: nn.Module, wanted: str, *, argument: str) -> dict[str, nn.Mo
 
     Raises:
         AttachError: There is none.
+
+    Example:
+        >>> model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+        >>> list(matching(model, "blocks.*", argument="layers"))
+        ['blocks.0', 'blocks.1']
     """
     modules = named(model)
     found = {name: module for name, module in modules.items() if _matches(name, wanted)}
@@ -122,7 +148,12 @@ def _matches(name: str, wanted: str) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module's first parameter is, the CPU if it has none."""
+    """Return where a module's first parameter is, the CPU if it has none.
+
+    Example:
+        >>> device_of(nn.Linear(2, 2))
+        device(type='cpu')
+    """
     return next((param.device for param in module.parameters()), torch.device("cpu"))
 
 
@@ -143,7 +174,12 @@ def width_of(module: nn.Module) -> int:
 
 
 def tensors_in(output: Any) -> list[Tensor]:  # noqa: ANN401 - any module's output
-    """Return the floating point tensors in a module's output, one level deep, detached."""
+    """Return the floating point tensors in a module's output, one level deep, detached.
+
+    Example:
+        >>> tensors_in((torch.ones(1), None, torch.tensor([2])))
+        [tensor([1.])]
+    """
     if isinstance(output, Tensor):
         items: list[Any] = [output]
     elif isinstance(output, Mapping):
@@ -156,7 +192,12 @@ def tensors_in(output: Any) -> list[Tensor]:  # noqa: ANN401 - any module's outp
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that tensor parallelism may have cut, as one and detached."""
+    """Return a tensor that tensor parallelism may have cut, as one and detached.
+
+    Example:
+        >>> whole(torch.ones(2, requires_grad=True))
+        tensor([1., 1.])
+    """
     tensor = tensor.detach()
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()

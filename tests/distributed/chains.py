@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,23 +13,43 @@ from stablekit import hookimpl
 from stablekit.testing import factory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from stablekit import Step
 
-    Chain = Callable[[], list[Any]]
+Chain = Callable[[], list[Any]]
 
 GUARD = "nonfinite-guard"
 EVERYTHING = "everything"
 CUT_BY_COLUMNS = ("agc", "clip-value after agc", "quantile-clip of each tensor", EVERYTHING)
 """Chains that see more than the global norm, which is the same however tensors are cut."""
 
-EAGER: dict[str, dict[str, Any]] = {
-    "spam": {"grad_accu_steps": 2, "warmup_steps": 2, "reset_interval": 4, "threshold": 5.0},
-    "stable-spam": {"reset_interval": 4},
-    "logit-scale-clamp": {"max_scale": 2.0},
+_SKIPS = {"window": 8, "warmup_steps": 4, "max_consecutive": 1}
+_RETURNS = {"every": 1, "keep": 1, "calm": 1, "patience": 2}
+EAGER: dict[str, Callable[[], dict[str, Any]]] = {
+    "spam": lambda: {
+        "grad_accu_steps": 2,
+        "warmup_steps": 2,
+        "reset_interval": 4,
+        "threshold": 5.0,
+    },
+    "stable-spam": lambda: {"reset_interval": 4},
+    "logit-scale-clamp": lambda: {"max_scale": 2.0},
+    "skip-spikes": lambda: _SKIPS,
+    "rollback": lambda: _RETURNS,
+    "escalation": lambda: {
+        "skip": stablekit.create("skip-spikes", **_SKIPS),
+        "rollback": stablekit.create("rollback", **_RETURNS),
+    },
 }
 """Arguments that make a plugin act in as few steps as these runs have."""
+
+SPEAKING = {
+    "spike-monitor": "spike",
+    "skip-spikes": "skip",
+    "lr-backoff": "lr-backoff",
+    "rollback": "rollback",
+    "escalation": "rollback",
+}
+"""Plugins that act on what happens, and the event that shows it."""
 
 
 @final
@@ -89,7 +110,7 @@ class Collectives(TorchDispatchMode):
 
 def plugin_named(name: str) -> Any:  # noqa: ANN401 - any plugin
     """Return a plugin of the catalogue that acts early."""
-    return stablekit.create(name, **EAGER[name]) if name in EAGER else factory_of(name)()
+    return stablekit.create(name, **EAGER[name]()) if name in EAGER else factory_of(name)()
 
 
 def chains() -> dict[str, Chain]:

@@ -29,7 +29,7 @@ def build(
         trained = _data_parallel(fleet)
     elif engine != "one":
         _shard(fleet, engine)
-    models = list(fleet.members)
+    models: list[nn.Module] = list(fleet.models)
     return trained, models, [_optimizer(model) for model in models]
 
 
@@ -65,10 +65,11 @@ def _data_parallel(fleet: Fleet) -> nn.Module:
     return trained
 
 
-def _average_in_order(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _average_in_order(_: object, bucket: Any) -> torch.futures.Future[Tensor]:  # noqa: ANN401 - a GradBucket
     """Average in the order of ranks: only then can one process come to the same bits."""
-    parts = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, bucket.buffer())
+    mine: Tensor = bucket.buffer()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     total = parts[0] / len(parts)
     for part in parts[1:]:
@@ -85,7 +86,7 @@ def _shard(fleet: Fleet, engine: str) -> None:
     def place(param: nn.Parameter) -> Shard:
         return Shard(1 if engine == "columns" and param.shape[1:] == (8,) else 0)
 
-    for model in fleet.members if engine != "fsdp2" else ():
+    for model in fleet.models if engine != "fsdp2" else ():
         for layer in (model.first, model.last):
             fully_shard(layer, mesh=mesh, shard_placement_fn=place)
     fully_shard(fleet, mesh=mesh, shard_placement_fn=place)

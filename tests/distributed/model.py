@@ -45,7 +45,8 @@ class Fleet(nn.Module):
     def __init__(self, count: int) -> None:
         """Make equal models."""
         super().__init__()
-        self.members = nn.ModuleList(Model() for _ in range(count))
+        self.models = [Model() for _ in range(count)]
+        self.members = nn.ModuleList(self.models)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return what each model says."""

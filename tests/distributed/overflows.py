@@ -65,7 +65,7 @@ def _train(
         "global-norm",
         device_mode=device_mode,
         log_every=1,
-        reduce_groups=[dist.group.WORLD] if places is None else None,
+        reduce_groups={"*": dist.group.WORLD} if places is None else None,
     )
     scaler = ShardedGradScaler("cpu", SCALE) if sharded else GradScaler("cpu", SCALE)
     scaler.scale(torch.ones(()))
@@ -86,7 +86,7 @@ def _train(
         "scale": scaler.get_scale(),
         "events": events,
         "updates": session.updates,
-        "in a row": session.plugins["nonfinite-guard"].state_dict(),
+        "in a row": session.state_dict()["plugins"]["nonfinite-guard"]["state"],
     }
 
 

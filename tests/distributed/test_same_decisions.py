@@ -14,6 +14,7 @@ from tests.distributed.chains import (
     CUT_BY_COLUMNS,
     EVERYTHING,
     GUARD,
+    SPEAKING,
     chains,
     plugin_named,
 )
@@ -167,6 +168,13 @@ def test_every_plugin_acted_in_these_runs(name: str, world: int) -> None:
     observes = name in stablekit.available() and not WRITING & set(hooks_of(plugin_named(name)))
     acted = moved or spoke or (observes and (noted or plugin in seen["files"]))
     assert acted, f"{name} did nothing: give it arguments in EAGER with which it acts"
+
+
+@pytest.mark.parametrize(("name", "kind"), SPEAKING.items())
+def test_plugins_that_answer_trouble_did(name: str, kind: str) -> None:
+    for world in WORLDS:
+        events = in_one_process(world)[name]["state"]["events"]
+        assert kind in [event["kind"] for event in events if event["plugin"] == name]
 
 
 def _flat(seen: Seen) -> torch.Tensor:

@@ -105,6 +105,6 @@ def test_an_unclipped_norm_costs_one_collective_for_each_group(group: Group) -> 
 def test_what_is_no_process_group_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)])
     with pytest.raises(TypeError, match="must hold process groups"):
-        stablekit.attach(optimizer, reduce_groups=["stage"])
+        stablekit.attach(optimizer, reduce_groups=["stage"])  # type: ignore[list-item]
     with pytest.raises(AttachError, match="not in one of the reduce_groups"):
         stablekit.attach(optimizer, reduce_groups={"*": dist.GroupMember.NON_GROUP_MEMBER})

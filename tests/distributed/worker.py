@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tests.distributed.chains import CUT_BY_COLUMNS, EVERYTHING, chains, counted_chains
 from tests.distributed.composed import composed
 from tests.distributed.disagreements import absences, disagreements, lonely_losses, strangers
+from tests.distributed.flat import flat
 from tests.distributed.overflows import overflows
 from tests.distributed.parallel import parallel
 from tests.distributed.placements import placements
@@ -50,6 +51,7 @@ CASES = {
         overflows,
         parallel,
         composed,
+        flat,
     ],
     4: [placements, disagreements, strangers, lonely_losses, pipeline, experts, parallel],
 }

@@ -65,6 +65,6 @@ def batch(number: int = 0, *, padded: bool = False) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def attention_of(model: nn.Module) -> list[nn.Module]:
+def attention_of(model: nn.Module) -> list[Any]:
     """Return the attention modules, in order."""
     return [m for m in model.modules() if type(m).__name__.endswith("Attention")]

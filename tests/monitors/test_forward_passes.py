@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablekit
 from stablekit.errors import AttachError
@@ -90,6 +91,42 @@ def test_only_steps_that_every_divides_are_sampled(name: str) -> None:
     assert seen[0] == seen[1] == {}
     assert seen[2]
     assert seen[4] == seen[2]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches torch."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - as torch
+        types: Any,  # noqa: ANN401 - as torch
+        args: Any = (),  # noqa: ANN401 - as torch
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - as torch
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_three_steps(*monitors: Any) -> list[int]:  # noqa: ANN401 - plugins
+    run = Run("global-norm", *monitors, log_every=0)
+    counts = []
+    for number in range(3):
+        with Operations() as operations:
+            backward(run.model, number)
+            run.optimizer.step()
+        counts.append(operations.count)
+    return counts
+
+
+@every_monitor
+def test_a_step_that_is_not_sampled_costs_no_operation(name: str) -> None:
+    bare, watched = operations_of_three_steps(), operations_of_three_steps(MAKERS[name](3))
+    assert watched[:2] == bare[:2]
+    assert watched[2] > bare[2]
 
 
 @every_measure

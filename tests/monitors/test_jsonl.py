@@ -100,6 +100,11 @@ def test_what_json_does_not_know_at_all_becomes_text(tmp_path: Path) -> None:
     assert data == {"batch": {"3": str(tmp_path)}}
 
 
+def test_it_can_be_named_on_a_command_line(tmp_path: Path) -> None:
+    TinyRun(f"jsonl:path={tmp_path}/run.jsonl").go(2)
+    assert [line["step"] for line in strict(tmp_path / "run.jsonl")] == [1, 2]
+
+
 def test_a_path_is_required() -> None:
     with pytest.raises(TypeError, match="path must be a string or a path, got None"):
         JSONLines(None)  # type: ignore[arg-type]  # that is the mistake

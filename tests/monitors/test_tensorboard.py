@@ -113,7 +113,7 @@ def test_a_run_that_goes_back_begins_another_file(tmp_path: Path) -> None:
 
 
 def test_without_histograms_there_are_none(tmp_path: Path) -> None:
-    run = TinyRun(TensorBoard(tmp_path, histogram_every=0)).go(3)
+    run = TinyRun(f"tensorboard:log_dir={tmp_path},histogram_every=0").go(3)
     assert run.session is not None
     run.session.detach()
     assert shown(tmp_path).Tags()["histograms"] == []

@@ -22,7 +22,7 @@ def test_all_blocks_run_one_after_the_other() -> None:
 
 
 def test_every_plugin_of_the_package_is_in_the_first_table() -> None:
-    plugins = [NonFiniteGuard(), SkipSpikes(), LRBackoff(), Rollback(), Escalation()]
+    plugins: list[Any] = [NonFiniteGuard(), SkipSpikes(), LRBackoff(), Rollback(), Escalation()]
     assert {type(plugin).__name__ for plugin in plugins} == {
         name for name in stablekit_recovery.__all__ if name[0].isupper()
     }

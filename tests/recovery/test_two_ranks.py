@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.core.oracles import equal
-from tests.recovery.two_ranks import ENGINES, FAULTS, GOOD, LATER
+from tests.recovery.two_ranks import CASES, GOOD, LATER
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -39,10 +39,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(
-    ("engine", "mode"), [(engine, mode) for engine, modes in ENGINES.items() for mode in modes]
-)
+@pytest.mark.parametrize(("engine", "fault", "mode"), CASES)
 def test_both_ranks_are_where_a_run_without_the_fault_is(
     ranks: list[dict[str, Any]], engine: str, fault: str, mode: str
 ) -> None:

@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from stablekit import Plugin
 
 GOOD, LATER = 18, 6
-ENGINES = {"ddp": ("host",), "fsdp2": ("host", "device")}
 FAULTS = ("nan batch", "high loss", "broken weight", "broken state", "asked")
+CASES = [
+    *(("fsdp2", fault, "host") for fault in FAULTS),
+    *(("fsdp2", fault, "device") for fault in ("nan batch", "high loss")),
+    *(("ddp", fault, "host") for fault in ("nan batch", "broken weight")),
+]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -201,9 +205,7 @@ def main(rank: int, folder: Path) -> None:
     try:
         seen: dict[str, Any] = {
             f"{engine} {fault} {mode}": case(engine, fault, rank, device_mode=mode == "device")
-            for engine, modes in ENGINES.items()
-            for fault in FAULTS
-            for mode in modes
+            for engine, fault, mode in CASES
         }
         seen["memory"], seen["counted"] = memory(rank), counted(rank)
         seen["escalated"] = escalated(rank)

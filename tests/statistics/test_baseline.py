@@ -36,8 +36,9 @@ class Naive:
         if not math.isfinite(value) or (self.scale == "log" and value <= 0):
             return (0.0 if self.scale == "log" else math.inf), False
         x = math.log(value) if self.scale == "log" else value
-        d = x - self.level if self.values else 0.0
-        linear = max(0.01 * abs(x - d), 0.001 * self.highest, 1e-30)
+        level = self.level if self.values else x
+        d = x - level
+        linear = 0.01 * max(abs(level), 0.1 * self.highest, 1e-30)
         noise = 0.05 if self.scale == "log" else linear
         spread = self.spread * (1 + 10 / (len(self.values) + 1))
         sigma = math.sqrt(math.pi / 2) * max(spread, noise)

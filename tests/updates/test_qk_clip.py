@@ -247,9 +247,10 @@ def test_a_fused_linear_layer_is_scaled_in_parts(logits: str) -> None:
     def seen() -> Tensor:
         query, key = (part.unflatten(-1, (2, 4)) for part in fused.qkv(x).chunk(3, -1)[:2])
         if logits == "bound":
-            longest = [one.detach().norm(dim=-1).amax((0, 1)) for one in (query, key)]
+            longest: list[Tensor] = [x.detach().norm(dim=-1).amax((0, 1)) for x in (query, key)]
             return longest[0] * longest[1] / 2
-        return maxima(query.transpose(1, 2) @ key.transpose(1, 2).mT / 2).detach()
+        products: Tensor = query.transpose(1, 2) @ key.transpose(1, 2).mT / 2
+        return maxima(products).detach()
 
     assert bool((seen() > 0.02).all())
     fused(x).sum().backward()

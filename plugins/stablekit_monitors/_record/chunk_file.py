@@ -68,7 +68,7 @@ def write_chunk(path: Path, chunk: Chunk) -> int:
     if not chunk.present.all():
         arrays["absent"] = np.packbits(~chunk.present, axis=1)
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **arrays)
+    np.savez(file, **arrays)
     replace_file(path, file.getvalue())
     return file.tell()
 

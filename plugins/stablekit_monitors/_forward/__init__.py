@@ -1,1 +1,0 @@
-"""What only monitors look for in forward passes."""
