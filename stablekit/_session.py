@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, final
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from stablekit.step import Step
 
 MAX_EVENTS = 1000
+MAX_LOSSES = 4096
 
 
 @final
@@ -82,7 +84,9 @@ class Session:
         self._layout: Layout | None = None
         self._identity: tuple[int, ...] = ()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self._observed: list[Tensor] = []
+        self._observed: deque[Tensor] = deque(maxlen=MAX_LOSSES)
+        self._warned_of_late_loss = False
+        self._witness: weakref.ref[Tensor] | None = None
         self._overheard: list[Tensor] = []
         self._batch: Any = None
         self._restored_at = -1
@@ -150,6 +154,7 @@ class Session:
         if self.is_paused:
             return
         if loss is not None:
+            self._forget_lost_losses()
             self._observed.append(_scalar(loss))
         if batch is not None:
             self._batch = batch
@@ -325,8 +330,9 @@ class Session:
 
     def take_losses(self) -> list[Tensor]:
         """Return the losses seen since the last step; those observed explicitly come first."""
-        losses = self._observed or self._overheard
-        self._observed, self._overheard = [], []
+        losses = list(self._observed) or self._overheard
+        self._observed.clear()
+        self._overheard, self._witness = [], None
         return losses
 
     @property
@@ -350,6 +356,29 @@ class Session:
             self.awaits_state = False
             _state.warn_of_missing(stacklevel=8)
         self.number += 1
+
+    def _forget_lost_losses(self) -> None:
+        """Drop losses of a step that never came: a GradScaler does not call the optimizer then.
+
+        The gradients they belong to are gone; those of micro-batches before are still there.
+        """
+        grads = (param.grad for param in parameters_of(self.optimizers))
+        current = next((grad for grad in grads if grad is not None), None)
+        known = self._witness() if self._witness is not None else None
+        if self._observed and self._witness is not None and known is not current:
+            self._observed.clear()
+        self._witness = None if current is None else weakref.ref(current)
+
+    def warn_of_late_loss(self) -> None:
+        """Say once that a loss came too late for all ranks to know of it."""
+        if not self._warned_of_late_loss:
+            self._warned_of_late_loss = True
+            warnings.warn(
+                "a loss was observed for the first time after the first step, which other ranks do"
+                " not know of: it is left out. Observe one before the first step, on any rank",
+                NoEffectWarning,
+                stacklevel=2,
+            )
 
     def count_skip(self) -> None:
         """Count a skipped step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -178,8 +179,14 @@ def _plain(value: Any, path: str) -> Any:  # noqa: ANN401 - any state value
         return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):  # of numpy
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     raise StateError(f"state field {path} is a {type(value).__name__}; plain values are expected")
 
 

@@ -193,11 +193,14 @@ def replay(
 
 
 def _console() -> Console:
-    """Return a console wide enough for the tables where no terminal says otherwise."""
+    """Return a console wide enough for the tables where neither terminal nor COLUMNS say it."""
+    import os
+
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
+    says_width = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return console if says_width else Console(width=max(console.width, 120))
 
 
 def _refuse(message: str) -> NoReturn:

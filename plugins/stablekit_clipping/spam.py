@@ -132,6 +132,11 @@ class SPAM:
         self.reset_interval = whole("reset_interval", reset_interval)
         self.warmup_steps = whole("warmup_steps", warmup_steps)
         self.grad_accu_steps = whole("grad_accu_steps", grad_accu_steps)
+        if self.threshold and 0 < self.reset_interval <= self.grad_accu_steps:
+            raise ValueError(
+                f"reset_interval must be above grad_accu_steps={self.grad_accu_steps}, or nothing"
+                f" is ever clipped, got {self.reset_interval}; threshold=0 is for resets alone"
+            )
         self.name = plugin_name(name, "spam")
         self._resets = moments.Resets(self.reset_interval, self.name)
         self._loan = Loan()

@@ -11,7 +11,6 @@ from torch import Tensor
 from stablekit_monitors import _sketch
 
 if TYPE_CHECKING:
-
     from stablekit import Step
 
 __all__ = ["sketch_of"]

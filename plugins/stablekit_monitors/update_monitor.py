@@ -27,6 +27,8 @@ __all__ = ["UpdateMonitor", "squared_staleness", "update_ratios"]
 
 _NAMED = 5
 _SMALLEST = 1e-12
+_AT_ONCE = {"cpu": 1 << 18}
+"""What fits into a cache; elsewhere few calls matter more."""
 
 
 def update_ratios(updates: Tensor, weights: Tensor) -> Tensor:
@@ -58,8 +60,12 @@ def squared_staleness(
         >>> squared_staleness(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]))
         tensor(5.)
     """
-    v = (second_moment.float() / correction).clamp(min=eps**2)
-    return (gradient.float().square() / v).sum()
+    size = _AT_ONCE.get(gradient.device.type, 1 << 24)
+    pairs = zip(*(x.reshape(-1).split(size) for x in (gradient, second_moment)), strict=True)
+    parts = [
+        g.float().square().div_((v.float() / correction).clamp_(min=eps**2)).sum() for g, v in pairs
+    ]
+    return torch.stack(parts).sum()
 
 
 @final

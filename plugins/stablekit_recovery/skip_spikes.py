@@ -30,6 +30,8 @@ __all__ = ["SkipSpikes", "spike_limit"]
 
 SIGNALS = ("loss", "norm")
 _NAMES = {"loss": "the loss", "norm": "the gradient norm"}
+_PATIENCE = 2
+_PAID_BACK = 0.05
 _METRICS = {"loss": "loss_threshold", "norm": "threshold"}
 
 
@@ -80,8 +82,10 @@ class SkipSpikes:
     A spike is a value above :func:`spike_limit` of the last ``window`` values of accepted steps, or
     one that is not finite. Skipped values never enter the window, so that a spike does not hide the
     next one, and a NaN does not lock out what follows. After ``max_consecutive`` skips in a row the
-    level is taken to have shifted: the step is taken, the event "level-shift" says so, and the
-    window starts again from there. A step whose gradients are not finite is never taken; list
+    level is taken to have shifted, and likewise when more than one step in twenty is skipped until
+    twice ``max_consecutive`` are in excess, so that a second source of data is not left out for
+    ever: the step is taken, the event "level-shift" says so, and the window starts again from
+    there. A step whose gradients are not finite is never taken; list
     ``nonfinite-guard`` too, which limits how many of these may follow one another. In the first
     ``warmup_steps``, and after a shift, only what is not finite is skipped.
 
@@ -142,6 +146,7 @@ class SkipSpikes:
         self.name = plugin_name(name, "skip-spikes")
         self._windows = {signal: WindowMoments(self.window) for signal in SIGNALS}
         self._in_a_row: Scalar = 0
+        self._debt: Scalar = 0.0
         self._total: Scalar = 0
         self._taken: list[_Taken] = []
         self._has_warned = False
@@ -151,10 +156,14 @@ class SkipSpikes:
         """Skip a spike."""
         norm, ok = step.scalar(step.gradients.raw_norm()), step.flag(step.ok)
         self._in_a_row, self._total = like(self._in_a_row, norm), like(self._total, norm)
+        self._debt = like(self._debt, norm)
         judged = [self._judge(step, name, value) for name, value in self._read(step)]
         is_broken = invert(is_finite(norm)) & ok
         is_spike = _any(judged) & ok & invert(is_broken)
-        skips = is_broken | (is_spike & (self._in_a_row < self.max_consecutive))
+        may_skip = (self._in_a_row < self.max_consecutive) & (
+            self._debt < _PATIENCE * self.max_consecutive
+        )
+        skips = is_broken | (is_spike & may_skip)
         step.skip("the gradients are not finite", when=is_broken)
         for one in judged:
             is_cause = (one.is_out | one.is_bad) & skips & invert(is_broken)
@@ -163,6 +172,9 @@ class SkipSpikes:
         self._taken = [self._take(step, one, is_spike & invert(skips), learning) for one in judged]
         row = where(is_spike, minimum(self._in_a_row + 1, self.max_consecutive), 0)
         self._in_a_row = where(ok & invert(is_broken), row, self._in_a_row)
+        paid = where(self._debt > _PAID_BACK, self._debt - _PAID_BACK, 0.0)
+        owed = where(is_spike, where(skips, self._debt + 1.0, 0.0), paid)
+        self._debt = where(ok & invert(is_broken), owed, self._debt)
         self._total = self._total + skips
         step.record("skipped", self._total)
 
@@ -178,7 +190,8 @@ class SkipSpikes:
     def state_dict(self) -> dict[str, Any]:
         """Return the windows, and how many steps were skipped, in a row and in all."""
         windows = {name: window.values() for name, window in self._windows.items()}
-        return {**windows, "in_a_row": int(self._in_a_row), "total": int(self._total)}
+        counts = {"in_a_row": int(self._in_a_row), "total": int(self._total)}
+        return {**windows, **counts, "debt": float(self._debt)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from saved windows.
@@ -189,9 +202,10 @@ class SkipSpikes:
         """
         windows = {name: values_of(name, state[name]) for name in SIGNALS}
         in_a_row, total = whole("in_a_row", state["in_a_row"]), whole("total", state["total"])
+        debt = number("debt", state["debt"], at_least=0)
         for name, values in windows.items():
             self._windows[name].load(values)
-        self._in_a_row, self._total, self._taken = in_a_row, total, []
+        self._in_a_row, self._total, self._debt, self._taken = in_a_row, total, debt, []
 
     def go_back(self, state: Mapping[str, Any]) -> None:
         """Continue with the windows of a snapshot; how many steps were skipped is still true."""

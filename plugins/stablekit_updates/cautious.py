@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stablekit import hookimpl
 from stablekit.arguments import plugin_name
+from stablekit.errors import AttachError
 from stablekit.gradients import local
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class Cautious:
     authors' C-AdamW, with the normaliser of timm; their own foreach code masks nothing. A method
     to learn faster rather than more steadily: what is kept grows by ``1 / mean(mask)``.
 
-    Memory: one copy of the parameters for the time of the update.
+    Memory: one copy of the parameters for the time of the update. List it behind plugins that
+    change the learning rate, whose decay it would take for a part of the update otherwise. Sparse
+    gradients are refused.
 
     Args:
         decoupled: whether the optimizer shrinks weights by ``1 - lr * weight_decay`` before its
@@ -82,7 +85,16 @@ class Cautious:
 
     @hookimpl
     def before_update(self, step: Step) -> None:
-        """Keep the parameters, shrunk as weight decay will shrink them."""
+        """Keep the parameters, shrunk as weight decay will shrink them.
+
+        Raises:
+            AttachError: A gradient is sparse.
+        """
+        if any(param.grad is not None and param.grad.is_sparse for param in step.parameters):
+            raise AttachError(
+                f"{self.name} compares updates with whole gradients, and one is sparse; leave out"
+                " that parameter with stablekit.only(..., exclude=...)"
+            )
         self._before = [
             None if param.grad is None else local(param.detach()) * self._kept(step, group)
             for param, group in zip(step.parameters, step.groups, strict=True)
@@ -92,8 +104,8 @@ class Cautious:
     def after_update(self, step: Step) -> None:
         """Drop the elements that go uphill."""
         parts = [
-            None if before is None else (before, local(param.detach()), _gradient(param))
-            for before, param in zip(self._before, step.parameters, strict=True)
+            None if before is None else (before, local(param.detach()), _downhill(param, group))
+            for before, param, group in zip(self._before, step.parameters, step.groups, strict=True)
         ]
         self._before = []
         masks = [p if p is None else cautious_mask(p[1] - p[0], p[2]) for p in parts]
@@ -130,6 +142,8 @@ class Cautious:
         return any(owner in _DECOUPLED for owner in owners)
 
 
-def _gradient(param: Tensor) -> Tensor:
+def _downhill(param: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return the gradient of what is minimised."""
     assert param.grad is not None
-    return local(param.grad)
+    gradient = local(param.grad)
+    return -gradient if group.get("maximize", False) else gradient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from stablekit import Event
@@ -187,6 +188,32 @@ def test_small_window_has_no_sideways_scroll_and_hostile_names_are_text(tmp_path
 
     assert seen == [True, 0, HOSTILE, HOSTILE, HOSTILE, 0]
     assert console == []
+
+
+def test_legend_tells_nan_and_marks_stand_at_their_step(tmp_path: Path) -> None:
+    back = Event("rollback", 210, "r", "", (), {"from_step": 210, "to_step": 150})
+    kinds = [Event(kind, 210, "r") for kind in ("skip", "spike", "nonfinite", "other")]
+    run = made_up_run(STEPS, spikes=(), nan_at=(300,), events=[*kinds, back])
+    run.scalars["loss"][-1] = np.nan
+    write_report(run, tmp_path / "report.html", name="run")
+    seen, console = act(
+        tmp_path / "report.html",
+        "const chart = charts[0]; const marks = []; const spans = [];"
+        "drawGlyph = (ctx, kind, x, y) => marks.push([kind, x, y]);"
+        "chart.ctx.fillRect = (x, y, w) => spans.push([x, x + w]);"
+        "drawMarks(chart, false); drawSpans(chart);"
+        "const at = (step) => chart.valToPos(step, 'x', true);"
+        "return [all('.u-value').map((one) => one.textContent), marks, spans, at(210), at(150)];",
+        tmp_path,
+    )
+    values, marks, spans, start, end = seen
+
+    assert console == []
+    assert values[1] == "nan"
+    assert [kind for kind, _, _ in marks] == ["rollback", "nonfinite", "spike"]
+    assert {x for _, x, _ in marks} == {round(start)}
+    assert min(y for _, _, y in marks) > 0
+    assert spans == [[pytest.approx(end), pytest.approx(start)]]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from stablekit_monitors import RunLog
 
 
-def _drawn(run: RunLog, *, width: int, height: int = 30, ascii_only: bool = False) -> str:
+PULSE = Pulse(12.5, 3.0)
+
+
+def drawn(
+    run: RunLog, *, width: int, height: int = 30, ascii_only: bool = False, pulse: Pulse = PULSE
+) -> str:
     console = Console(
         width=width, height=height, file=io.StringIO(), color_system=None, legacy_windows=False
     )
@@ -41,7 +46,7 @@ def _drawn(run: RunLog, *, width: int, height: int = 30, ascii_only: bool = Fals
     if ascii_only:
         options = options.copy()
         options.encoding = "ascii"
-    picture = frame("runs/a", run, Pulse(12.5, 3.0), last=0, height=height)
+    picture = frame("runs/a", run, pulse, last=0, height=height)
     lines = console.render_lines(picture, options)
     return "\n".join("".join(part.text for part in line).rstrip() for line in lines)
 
@@ -59,7 +64,7 @@ def _record(folder: Path, steps: int) -> None:
 
 def test_picture_has_the_last_values_thresholds_and_events() -> None:
     run = made_up_run()
-    text = _drawn(run, width=100)
+    text = drawn(run, width=100)
 
     for part in (
         "runs/a", "step 300", "12.5 steps/s", "written 3 s ago", "1 step skipped", "2 spikes",
@@ -74,7 +79,7 @@ def test_picture_has_the_last_values_thresholds_and_events() -> None:
 @pytest.mark.parametrize("width", [24, 40, 80, 200])
 @pytest.mark.parametrize("height", [10, 24, 60])
 def test_no_line_is_wider_than_the_terminal(width: int, height: int) -> None:
-    lines = _drawn(made_up_run(), width=width, height=height).splitlines()
+    lines = drawn(made_up_run(), width=width, height=height).splitlines()
 
     assert max(map(len, lines)) <= width
     if height >= 24:
@@ -82,13 +87,13 @@ def test_no_line_is_wider_than_the_terminal(width: int, height: int) -> None:
 
 
 def test_terminal_without_unicode_gets_plain_signs() -> None:
-    assert _drawn(made_up_run(), width=60, ascii_only=True).isascii()
-    assert not _drawn(made_up_run(), width=60).isascii()
+    assert drawn(made_up_run(), width=60, ascii_only=True).isascii()
+    assert not drawn(made_up_run(), width=60).isascii()
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_run_that_has_just_begun_can_be_drawn(steps: int) -> None:
-    assert "runs/a" in _drawn(made_up_run(steps, spikes=(), nan_at=()), width=60)
+def test_a_run_that_has_just_begun_can_bedrawn(steps: int) -> None:
+    assert "runs/a" in drawn(made_up_run(steps, spikes=(), nan_at=()), width=60)
 
 
 @given(

@@ -101,7 +101,7 @@ def test_an_interval_of_zero_never_resets() -> None:
 def test_moments_are_cleared_before_the_update_and_the_step_count_stays() -> None:
     param = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([param])
-    stablekit.attach(optimizer, SPAM(reset_interval=3))
+    stablekit.attach(optimizer, SPAM(reset_interval=3, grad_accu_steps=2))
     for _ in range(3):
         param.grad = torch.full((1,), 2.0)
         optimizer.step()
@@ -170,3 +170,8 @@ def test_nan_stays_for_the_guard_and_infinity_is_lowered() -> None:
     assert param.grad[0].isnan()
     assert param.grad[1:].isfinite().all()
     assert param.grad[1] == -param.grad[2]
+
+
+def test_resets_so_frequent_that_nothing_would_be_clipped_are_refused() -> None:
+    with pytest.raises(ValueError, match="reset_interval must be above grad_accu_steps=20"):
+        SPAM(reset_interval=20)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
@@ -32,6 +34,8 @@ EAGER: dict[str, Callable[[], dict[str, Any]]] = {
         "threshold": 5.0,
     },
     "stable-spam": lambda: {"reset_interval": 4},
+    "attention-monitor": lambda: {"every": 1, "query": "query", "key": "key"},
+    "qk-clip": lambda: {"threshold": 0.5, "logits": "bound", "query": "query", "key": "key"},
     "logit-scale-clamp": lambda: {"max_scale": 2.0},
     "skip-spikes": lambda: _SKIPS,
     "rollback": lambda: _RETURNS,
@@ -110,7 +114,20 @@ class Collectives(TorchDispatchMode):
 
 def plugin_named(name: str) -> Any:  # noqa: ANN401 - any plugin
     """Return a plugin of the catalogue that acts early."""
-    return stablekit.create(name, **EAGER[name]()) if name in EAGER else factory_of(name)()
+    factory = _factory_of(name)
+    return factory(**EAGER[name]()) if name in EAGER else factory()
+
+
+@functools.cache
+def catalogue() -> tuple[str, ...]:
+    """Return the names of all plugins, looked up once."""
+    return tuple(stablekit.available())
+
+
+@functools.cache
+def _factory_of(name: str) -> Callable[..., Any]:
+    """Return what makes a plugin, looked up once."""
+    return _class_of(name) if name in EAGER else factory_of(name)
 
 
 def chains() -> dict[str, Chain]:
@@ -122,7 +139,7 @@ def chains() -> dict[str, Chain]:
     def variant(name: str, **arguments: Any) -> Chain:  # noqa: ANN401 - a plugin's
         return lambda: [GUARD, stablekit.create(name, **arguments)]
 
-    names = stablekit.available()
+    names = catalogue()
     return {
         **{name: one(name) for name in names},
         "zclip, short warm-up": variant("zclip", warmup_steps=3, max_grad_norm=None),
@@ -145,12 +162,14 @@ def chains() -> dict[str, Chain]:
 
 def scales_by_norms(name: str) -> bool:
     """Tell whether a plugin announces to use norms and loss only, as far as gradients go."""
-    return not {"amaxes", "elements", "parameters"} & set(getattr(plugin_named(name), "needs", ()))
+    return not {"amaxes", "elements", "model", "parameters"} & set(
+        getattr(plugin_named(name), "needs", ())
+    )
 
 
 def counted_chains() -> dict[str, Chain]:
     """Return what is attached when collectives are counted: each plugin, some together."""
-    names = [*stablekit.available()]
+    names = catalogue()
 
     def one(name: str) -> Chain:
         return lambda: [plugin_named(name)]
@@ -163,3 +182,9 @@ def counted_chains() -> dict[str, Chain]:
         "all that scale by norms": lambda: [plugin_named(n) for n in names if scales_by_norms(n)],
         "agc, clip-value, agc": lambda: ["agc", plugin_named("clip-value"), "agc:name=again"],
     }
+
+
+def _class_of(name: str) -> Callable[..., Any]:
+    module, _, attribute = stablekit.available()[name].entry_point.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return found

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import stablekit
-from tests.distributed.chains import scales_by_norms
+from tests.distributed.chains import catalogue, scales_by_norms
 from tests.distributed.model import COUNTED
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def test_the_optimizer_alone_issues_none(group: Group) -> None:
     assert [counted(group, engine, "not attached") for engine in ("fsdp2", "ddp")] == [0, 0]
 
 
-@pytest.mark.parametrize("name", stablekit.available())
+@pytest.mark.parametrize("name", catalogue())
 def test_under_fsdp2_a_plugin_that_scales_by_norms_costs_one(group: Group, name: str) -> None:
     most = counted(group, "fsdp2", name)
     assert counted(group, "fsdp2", name, loss=True) == most
@@ -69,7 +68,7 @@ def test_under_fsdp2_all_norm_scaling_plugins_and_the_loss_share_one(group: Grou
     assert counted(group, "fsdp2", "all that scale by norms", loss=True) == 1
 
 
-@pytest.mark.parametrize("name", stablekit.available())
+@pytest.mark.parametrize("name", catalogue())
 def test_under_ddp_a_plugin_that_does_not_read_the_loss_costs_none(group: Group, name: str) -> None:
     assert counted(group, "ddp", name) == 0
     assert counted(group, "ddp", name, loss=True) <= 1

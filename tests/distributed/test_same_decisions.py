@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-import stablekit
 from stablekit.hookspecs import hooks_of
 from tests.distributed.chains import (
     CUT_BY_COLUMNS,
     EVERYTHING,
     GUARD,
     SPEAKING,
+    catalogue,
     chains,
     plugin_named,
 )
 from tests.distributed.compare import assert_same
 from tests.distributed.model import BAD_BATCH, BAD_SHARD, HALF_WAY
 from tests.distributed.training import Run, resume, train
+from tests.distributed.worker import RUNS, WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.distributed
 CHAINS = tuple(chains())
 WORLDS = (1, 2, 4)
 WRITING = {"transform_gradients", "before_update", "after_update"}
-RUNS = [
+CASES = [
     *((world, run, name) for world in (2, 4) for run in ("ddp", "fsdp2") for name in CHAINS),
     *((2, "columns", name) for name in CUT_BY_COLUMNS),
     *((2, run, EVERYTHING) for run in ("ddp, device mode", "fsdp2, device mode")),
@@ -44,15 +45,21 @@ ROUNDING = 1e-6
 
 every_chain = pytest.mark.parametrize("name", CHAINS)
 every_world = pytest.mark.parametrize("world", WORLDS)
-every_run = pytest.mark.parametrize(("world", "run", "name"), RUNS)
+every_run = pytest.mark.parametrize(("world", "run", "name"), CASES)
 
 
 @functools.cache
-def in_one_process(
-    world: int, *, missing: bool = False, dtype: torch.dtype = torch.float32
-) -> dict[str, Seen]:
-    """Train with every chain on the same batches in this process."""
-    return train(Run("one", missing=missing, dtype=dtype), chains(), world=world)
+def in_one_process(world: int, run: str = "fsdp2") -> dict[str, Seen]:
+    """Train on the same batches in this process, as the run of that name does in several."""
+    how = RUNS[world][run]
+    return _alone(world, missing=how.missing, dtype=how.dtype)
+
+
+@functools.cache
+def _alone(world: int, *, missing: bool, dtype: torch.dtype) -> dict[str, Seen]:
+    made = chains()
+    chosen = {name: made[name] for name in CUT_BY_COLUMNS} if missing else made
+    return train(Run("one", missing=missing, dtype=dtype), chosen, world=world)
 
 
 def without_loss(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -87,7 +94,7 @@ def _facts(state: Seen) -> Seen:
 def test_ddp_is_bit_identical_to_one_process_on_the_averaged_gradients(
     group: Group, name: str, world: int
 ) -> None:
-    single = in_one_process(world)[name]
+    single = in_one_process(world, "ddp")[name]
     for seen in group(world):
         run = seen["ddp"][name]
         assert_same(run["weights"], single["weights"], path="weights")
@@ -99,7 +106,7 @@ def test_ddp_is_bit_identical_to_one_process_on_the_averaged_gradients(
 @every_world
 @every_chain
 def test_fsdp2_agrees_with_one_process(group: Group, name: str, world: int) -> None:
-    single = in_one_process(world, dtype=torch.float64)[name]
+    single = in_one_process(world)[name]
     for seen in group(world):
         run = seen["fsdp2"][name]
         assert_decisions_agree(run, single)
@@ -107,7 +114,7 @@ def test_fsdp2_agrees_with_one_process(group: Group, name: str, world: int) -> N
 
 
 def test_shards_with_copies_agree_with_one_process(group: Group) -> None:
-    single = in_one_process(4)[EVERYTHING]
+    single = in_one_process(4, "hsdp")[EVERYTHING]
     for seen in group(4):
         assert_decisions_agree(seen["hsdp"][EVERYTHING], single)
         assert_same(seen["hsdp"][EVERYTHING]["weights"], single["weights"], within=ROUNDING)
@@ -115,7 +122,7 @@ def test_shards_with_copies_agree_with_one_process(group: Group) -> None:
 
 @pytest.mark.parametrize("run", ["ddp", "fsdp2"])
 def test_device_mode_agrees_with_one_process(group: Group, run: str) -> None:
-    single = in_one_process(2)[EVERYTHING]
+    single = in_one_process(2, f"{run}, device mode")[EVERYTHING]
     for seen in group(2):
         there = seen[f"{run}, device mode"][EVERYTHING]
         assert_same(there["weights"], single["weights"], within=ROUNDING, path="weights")
@@ -126,7 +133,7 @@ def test_device_mode_agrees_with_one_process(group: Group, run: str) -> None:
 def test_tensors_cut_by_columns_and_missing_on_one_rank_agree_with_one_process(
     group: Group, name: str
 ) -> None:
-    single = in_one_process(2, missing=True)[name]
+    single = in_one_process(2, "columns")[name]
     for seen in group(2):
         assert_decisions_agree(seen["columns"][name], single)
 
@@ -165,7 +172,7 @@ def test_every_plugin_acted_in_these_runs(name: str, world: int) -> None:
     spoke = any(event["plugin"] == plugin for event in seen["state"]["events"])
     moved = not torch.equal(_flat(seen), _flat(in_one_process(world)[GUARD]))
     noted = any(key.startswith(f"{plugin}/") for row in seen["metrics"] for key in row)
-    observes = name in stablekit.available() and not WRITING & set(hooks_of(plugin_named(name)))
+    observes = name in catalogue() and not WRITING & set(hooks_of(plugin_named(name)))
     acted = moved or spoke or (observes and (noted or plugin in seen["files"]))
     assert acted, f"{name} did nothing: give it arguments in EAGER with which it acts"
 
@@ -184,7 +191,7 @@ def _flat(seen: Seen) -> torch.Tensor:
 @functools.cache
 def _resumed(saved: int) -> dict[str, Seen]:
     half_way = _SAVED[saved]
-    return resume(Run("one", dtype=torch.float64), chains(), half_way, world=2)
+    return resume(Run("one", dtype=WIDE), chains(), half_way, world=2)
 
 
 _SAVED: dict[int, dict[str, Seen]] = {}

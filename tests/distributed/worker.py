@@ -20,18 +20,23 @@ from tests.distributed.placements import placements
 from tests.distributed.stages import experts, pipeline, pipeline_in_device_mode
 from tests.distributed.training import Run, train
 
+WIDE = torch.float64
 RUNS = {
-    1: {"ddp": Run("ddp"), "fsdp2": Run("fsdp2", dtype=torch.float64)},
+    1: {"ddp": Run("ddp", dtype=WIDE), "fsdp2": Run("fsdp2", dtype=WIDE)},
     2: {
         "ddp": Run("ddp"),
-        "fsdp2": Run("fsdp2", saved=True, dtype=torch.float64),
+        "fsdp2": Run("fsdp2", saved=True, dtype=WIDE),
         "columns": Run("columns", missing=True),
         "fsdp2, device mode": Run("fsdp2", device_mode=True),
         "ddp, device mode": Run("ddp", device_mode=True),
         "counted ddp": Run("ddp", faults=False, counted=True),
         "counted fsdp2": Run("fsdp2", faults=False, counted=True),
     },
-    4: {"ddp": Run("ddp"), "fsdp2": Run("fsdp2", dtype=torch.float64), "hsdp": Run("hsdp")},
+    4: {
+        "ddp": Run("ddp", dtype=WIDE),
+        "fsdp2": Run("fsdp2", dtype=WIDE),
+        "hsdp": Run("hsdp", dtype=WIDE),
+    },
 }
 LIMITED = {
     "columns": CUT_BY_COLUMNS,

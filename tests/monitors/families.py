@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", reason="tiny models of transformers")
 
 WORDS, HEADS, KEY_HEADS, LENGTH = 64, 4, 2, 10
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import stablekit
 from stablekit_monitors import UpdateMonitor
+from stablekit_monitors.update_monitor import squared_staleness
 from tests.monitors.watched import Run, Transformer, backward
 
 if TYPE_CHECKING:
@@ -93,6 +94,15 @@ def test_rms_is_of_the_gradient_that_the_optimizer_saw() -> None:
         alone.optimizer.step()
         clipped.optimizer.step()
         assert own(clipped.metrics()) == pytest.approx(own(alone.metrics()), rel=1e-5)
+
+
+def test_staleness_of_a_long_tensor_is_summed_in_parts_without_losing_digits() -> None:
+    make = torch.Generator().manual_seed(0)
+    gradient, moment = (torch.rand(700, 900, generator=make) for _ in range(2))
+    found = squared_staleness(gradient, moment, correction=0.5, eps=0.3)
+    expected = (gradient.double() ** 2 / (moment.double() / 0.5).clamp(min=0.09)).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert squared_staleness(torch.zeros(0), torch.zeros(0)) == 0
 
 
 def test_an_optimizer_without_second_moments_has_no_rms() -> None:

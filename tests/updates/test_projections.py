@@ -192,6 +192,27 @@ def test_power_iteration_follows_a_matrix_that_is_trained() -> None:
     assert max(largest) <= 2.0 * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("shape", [(4, 16), (16, 4), (6, 6)])
+def test_a_matrix_that_starts_at_zero_is_capped_when_it_grows(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    param = nn.Parameter(torch.zeros(shape))
+    optimizer = stablekit.wrap(torch.optim.SGD([param], lr=0.0), SpectralCap(1.0))
+    for number in range(60):
+        optimizer.param_groups[0]["lr"] = 0.05 if number else 0.0
+        param.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+    assert measured("spectral-cap", param.detach()) < 1.1
+
+
+def test_growth_at_right_angles_to_the_known_direction_is_found() -> None:
+    param = nn.Parameter(torch.diag(torch.tensor([4.0, 1.0])))
+    optimizer = stablekit.wrap(torch.optim.SGD([param], lr=0.05), SpectralCap(2.0))
+    for _ in range(200):
+        param.grad = torch.tensor([[0.0, 0.0], [0.0, -1.0]])
+        optimizer.step()
+    assert measured("spectral-cap", param.detach()) < 2.2
+
+
 def test_spectral_vectors_travel_in_the_checkpoint() -> None:
     generator = torch.Generator().manual_seed(4)
     start = torch.randn(8, 8, generator=generator)

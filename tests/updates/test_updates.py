@@ -165,6 +165,26 @@ def test_decay_that_is_part_of_the_gradient_is_not_taken_out() -> None:
     assert expected == [True, True]
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_what_is_maximised_goes_uphill(make: Callable[..., torch.optim.Optimizer]) -> None:
+    param = nn.Parameter(torch.ones(4))
+    optimizer = make([param], lr=0.1, maximize=True)
+    session = stablekit.attach(optimizer, Cautious())
+    train(optimizer, param, [torch.ones(4)] * 5)
+    assert float(param.detach().min()) > 1.3
+    assert session.metrics()["cautious/kept"] == 1.0
+
+
+def test_cautious_refuses_sparse_gradients_before_anything_moved() -> None:
+    param = nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    stablekit.attach(optimizer, Cautious())
+    param.grad = torch.ones(3, 2).to_sparse(1)
+    with pytest.raises(AttachError, match="one is sparse"):
+        optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(3, 2))
+
+
 @each_mode
 def test_a_skipped_step_moves_nothing(mode: str) -> None:
     class Never:

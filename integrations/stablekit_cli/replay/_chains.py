@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import stablekit
 from stablekit.errors import StablekitError
 from stablekit_cli.replay._still import attach_to_nothing
 
@@ -67,16 +69,33 @@ def check(chain: Chain) -> None:
     Raises:
         ChainError: It cannot be attached, or needs more than norms and losses.
     """
+    for spec in chain.specs:
+        if "model" in _needs_without_attaching(spec):  # it would ask for model= when attached
+            _refuse(getattr(spec, "name", spec), [REASONS["model"]])
     try:
         _, session = attach_to_nothing(["p"], chain.specs)
     except (StablekitError, TypeError, ValueError) as error:
         raise ChainError(f"cannot replay {chain.label!r}: {error}") from error
     for plugin in session.plugins.values():
         if reasons := _reasons(plugin):
-            raise ChainError(
-                f"cannot replay {plugin.name!r}: it {' and '.join(reasons)}; a log holds the norms"
-                " of whole gradients and the loss"
-            )
+            _refuse(plugin.name, reasons)
+
+
+def _refuse(name: str, reasons: list[str]) -> NoReturn:
+    raise ChainError(
+        f"cannot replay {name!r}: it {' and '.join(reasons)}; a log holds the norms of whole"
+        " gradients and the loss"
+    )
+
+
+def _needs_without_attaching(spec: Any) -> tuple[str, ...]:  # noqa: ANN401 - any plugin form
+    """Return what the class of a plugin announces, as far as the form says which class it is."""
+    if isinstance(spec, str):
+        info = stablekit.available().get(spec.partition(":")[0])
+        module, _, attribute = info.entry_point.partition(":") if info else ("", "", "")
+        spec = getattr(importlib.import_module(module), attribute) if module else None
+    needs: tuple[str, ...] = getattr(spec, "needs", ())
+    return needs if isinstance(needs, tuple) else ()
 
 
 def _reasons(plugin: Any) -> list[str]:  # noqa: ANN401 - any plugin

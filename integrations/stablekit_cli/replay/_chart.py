@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from stablekit_cli.demo._palette import GREY, INK, folded, plain_frame
 from stablekit_cli.replay._score import factors_of, thresholds_of
+from stablekit_cli.replay._spikes import not_finite
 from stablekit_cli.report._curves import kept_rows
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = ["draw"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#882255", "#E69F00", "#56B4E9")
 SPIKE = "#CC79A7"
+NOT_FINITE = "#333333"
 COLUMNS = 900
 SMALLEST = 1e-2
 
@@ -54,15 +56,21 @@ def _norms(axes: Axes, run: RunLog, outcomes: Sequence[Outcome], spikes: Spikes)
             run.steps[rows], thresholds_of(outcome)[rows], color=COLORS[place % len(COLORS)],
             linewidth=1.4, label=folded(outcome.chain.label, 50),
         )  # fmt: skip
-    for number, step in enumerate(spikes.steps[:200]):
-        axes.axvline(
-            step, color=SPIKE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0,
-            label="spike" if number == 0 else None,
-        )  # fmt: skip
+    lost = not_finite(run, spikes.steps)
+    _lines(axes, [step for step in spikes.steps if step not in lost], SPIKE, "spike")
+    _lines(axes, lost, NOT_FINITE, "not finite")
     if np.nanmax(np.where(np.isfinite(norms), norms, 0), initial=0) > 0:
         axes.set_yscale("log")
     plain_frame(axes)
     axes.set_ylabel("gradient norm and thresholds", color=INK)
+
+
+def _lines(axes: Axes, steps: Sequence[int], color: str, label: str) -> None:
+    for number, step in enumerate(steps[:200]):
+        axes.axvline(
+            step, color=color, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0,
+            label=label if number == 0 else None,
+        )  # fmt: skip
 
 
 def _strips(axes: Axes, figure: Figure, run: RunLog, outcomes: Sequence[Outcome]) -> None:

@@ -34,8 +34,10 @@ class Score:
     caught: tuple[int, ...]
     """Steps of known spikes that it clips; of those that are not finite, that it skips."""
     missed: tuple[int, ...]
+    not_finite: tuple[int, ...]
+    """Those of the caught and missed steps whose gradients are not finite."""
     factor_at_spikes: float | None
-    """Mean of norm after / norm before over the known spikes; 0 where skipped."""
+    """Mean of norm after / norm before over the known finite spikes; 0 where skipped."""
     stopped: str
 
 
@@ -46,6 +48,7 @@ def score(run: RunLog, outcome: Outcome, spikes: Sequence[int]) -> Score:
     finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(run.norms), axis=1)
     known = thresholds[np.isfinite(thresholds)]
     rows = [int(row) for row in np.flatnonzero(np.isin(run.steps, [*spikes]))]
+    spiky = [row for row in rows if finite[row]]
     # Clipping does not make a gradient finite: of those that are not, only a skip rids the run.
     met = {row for row in rows if outcome.skipped[row] or (clipped[row] and finite[row])}
     return Score(
@@ -58,7 +61,8 @@ def score(run: RunLog, outcome: Outcome, spikes: Sequence[int]) -> Score:
         skipped=int(outcome.skipped.sum()),
         caught=tuple(int(run.steps[row]) for row in rows if row in met),
         missed=tuple(int(run.steps[row]) for row in rows if row not in met),
-        factor_at_spikes=float(factors[rows].mean()) if rows else None,
+        not_finite=tuple(int(run.steps[row]) for row in rows if not finite[row]),
+        factor_at_spikes=float(factors[spiky].mean()) if spiky else None,
         stopped=outcome.stopped,
     )
 

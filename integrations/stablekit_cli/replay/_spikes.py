@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import stablekit
 from stablekit_cli.replay._chains import Chain
 from stablekit_cli.replay._play import play
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from stablekit import Event
     from stablekit_monitors.run_log import RunLog
 
-__all__ = ["MONITOR", "Spikes", "spikes_of"]
+__all__ = ["MONITOR", "Spikes", "not_finite", "spikes_of"]
 
 MONITOR = "spike-monitor"
 KINDS = ("spike", "nonfinite")
@@ -42,6 +44,12 @@ def spikes_of(run: RunLog, named: Iterable[int] = ()) -> Spikes:
         return Spikes(_steps(run.events, *KINDS), "events of the recorded run")
     events = play(run, Chain(MONITOR, (MONITOR,))).events
     return Spikes(_steps(events, *KINDS), f"{MONITOR}, replayed")
+
+
+def not_finite(run: RunLog, steps: Iterable[int]) -> tuple[int, ...]:
+    """Return those of the steps whose gradients are not finite."""
+    bad = {int(step) for step in run.steps[~np.isfinite(run.norms).all(axis=1)]}
+    return tuple(step for step in steps if step in bad)
 
 
 def _steps(events: Iterable[Event], *kinds: str) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ THRESHOLDS = 6
 LIMITS = {"loss": ("loss_threshold", "loss_limit"), "norm": ("threshold", "norm_limit")}
 MEDIANS = 240
 WINDOW = 10
+SHORT = 1500
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,26 @@ def _first_in_each(flags: NDArray[np.bool_], edges: NDArray[np.int64]) -> NDArra
 
 
 def medians(values: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return medians of stretches of all values, at the kept rows nearest to their middles."""
+    """Return medians of stretches of all values, at the kept rows nearest to their middles.
+
+    Of few values the running median at every kept row.
+    """
+    if len(values) < SHORT:
+        return _running(values, rows)
     result = np.full(len(rows), np.nan)
     for part in np.array_split(np.arange(len(values)), min(MEDIANS, len(values) // WINDOW)):
         finite = values[part][np.isfinite(values[part])]
         if len(finite):
             place = np.searchsorted(rows, part[len(part) // 2])
             result[min(int(place), len(rows) - 1)] = np.median(finite)
+    return result
+
+
+def _running(values: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    reach = max(WINDOW, len(values) // 60)
+    result = np.full(len(rows), np.nan)
+    for place, row in enumerate(rows):
+        part = values[max(0, row - reach) : row + reach + 1]
+        if np.isfinite(values[row]):
+            result[place] = np.median(part[np.isfinite(part)])
     return result

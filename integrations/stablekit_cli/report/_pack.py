@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["packed"]
 
 
-def packed(curves: Curves, heat: Heat | None, marks: Sequence[tuple[int, str]]) -> str:
+def packed(
+    curves: Curves,
+    heat: Heat | None,
+    marks: Sequence[tuple[int, str]],
+    spans: Sequence[tuple[int, int]] = (),
+) -> str:
     """Return the JSON; ``<``, ``>`` and ``&`` are escaped, so that no text can end the element."""
     content = {
         "steps": _bytes(curves.steps, "<f8"),
         "lines": [{**asdict(line), "values": _bytes(line.values, "<f4")} for line in curves.lines],
         "marks": marks,
+        "spans": spans,
         "heat": None if heat is None else _table(heat),
     }
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))

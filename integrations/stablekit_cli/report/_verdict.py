@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from stablekit_cli.report._text import counted, listed, number
+from stablekit_cli.report._culprit import ALARMS, culprit
+from stablekit_cli.report._ending import ending
+from stablekit_cli.report._rollbacks import returns_in, told
+from stablekit_cli.report._text import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,10 +17,7 @@ if TYPE_CHECKING:
     from stablekit import Event
     from stablekit_monitors.run_log import RunLog
 
-__all__ = ["ALARMS", "Verdict", "spikes_in", "verdict_on", "worst_tensor"]
-
-ALARMS = ("spike", "nonfinite", "scaler-skip", "skip", "rollback")
-"""Kinds of events that say something went wrong, in the order in which they are told."""
+__all__ = ["Verdict", "spikes_in", "verdict_on"]
 
 
 @dataclass(frozen=True)
@@ -44,26 +42,16 @@ def verdict_on(run: RunLog) -> Verdict:
     ]
     sentences = [f"{listed(what)} in {counted(_steps(run), 'step')}.".capitalize()]
     sentences += _nonfinite(run.events)
-    sentences += _culprit(run.events)
-    lost = _end(run)
+    sentences += culprit(run.events, len(run.names))
+    sentences += told(returns_in(run.events))
+    lost, end = ending(run)
     level = "lost" if lost else "survived" if set(kinds) & set(ALARMS) or skipped else "calm"
-    return Verdict(level, " ".join([*sentences, lost or _loss(run)]).strip())
+    return Verdict(level, " ".join([*sentences, *end]))
 
 
 def spikes_in(run: RunLog) -> int:
     """Return at how many steps there was a spike, in whatever signal."""
     return len({event.step for event in run.events if event.kind == "spike"})
-
-
-def worst_tensor(events: Iterable[Event]) -> tuple[str, int, int] | None:
-    """Return the tensor most often named first, at how many steps, and of how many bad steps."""
-    alarms = [event for event in events if event.kind in ALARMS and event.tensors]
-    named = {(event.step, event.tensors[0]) for event in alarms}
-    if not named:
-        return None
-    times = Counter(name for _, name in sorted(named))
-    ((name, most),) = times.most_common(1)
-    return name, most, len({step for step, _ in named})
 
 
 def _steps(run: RunLog) -> int:
@@ -81,34 +69,3 @@ def _nonfinite(events: Iterable[Event]) -> list[str]:
     where = f"at step {steps[0]:,}" if len(steps) == 1 else f"at {len(steps):,} steps"
     first = "" if len(steps) == 1 else f", first at step {steps[0]:,}"
     return [f"The gradients were not finite {where}{first}."]
-
-
-def _culprit(events: Iterable[Event]) -> list[str]:
-    worst = worst_tensor(events)
-    if worst is None:
-        return []
-    name, times, bad_steps = worst
-    if bad_steps == 1:
-        return [f"The tensor behind it was {name}."]
-    return [f"Worst tensor: {name}, named first at {times:,} of {bad_steps:,} bad steps."]
-
-
-def _end(run: RunLog) -> str:
-    """Say so where the run is lost: its last recorded norm is not finite and was not skipped."""
-    norms = run.scalars.get("grad_norm", np.empty(0))
-    if not norms.size or np.isfinite(norms[-1]) or not run.ok[-1]:
-        return ""
-    if not len(run.norms) or np.isfinite(run.norms[-1]).all():
-        return ""
-    return f"The run ended with a gradient norm of {norms[-1]:g}."
-
-
-def _loss(run: RunLog) -> str:
-    losses = run.scalars.get("loss", np.empty(0))
-    finite = losses[np.isfinite(losses)]
-    if len(finite) < 2:
-        return ""
-    window = max(1, len(finite) // 50)
-    start, end = float(np.median(finite[:window])), float(np.median(finite[-window:]))
-    verb = "fell" if end < start else "rose" if end > start else "stayed"
-    return f"The loss {verb} from {number(start)} to {number(end)}."

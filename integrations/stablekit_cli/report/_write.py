@@ -13,6 +13,7 @@ from stablekit_cli.report._events import kinds_of, marks_of, rows_of
 from stablekit_cli.report._heat import heat_of
 from stablekit_cli.report._pack import packed
 from stablekit_cli.report._page import page
+from stablekit_cli.report._rollbacks import returns_in
 from stablekit_cli.report._text import counted, number, percent
 from stablekit_cli.report._verdict import spikes_in, verdict_on
 
@@ -42,8 +43,9 @@ def write_report(
     marks = marks_of(run.events)
     curves, heat = curves_of(run, [step for step, _ in marks]), heat_of(run)
     verdict = verdict_on(run)
+    spans = [(end, start) for start, end in returns_in(run.events)]
     content = {"name": name, "links": links, "verdict": verdict, **_content(run, curves, heat)}
-    path.write_text(page(content, packed(curves, heat, marks)), "utf-8")
+    path.write_text(page(content, packed(curves, heat, marks, spans)), "utf-8")
     return verdict
 
 

@@ -10,8 +10,10 @@ from rich.console import Group
 from rich.text import Text
 
 from stablekit_cli.report._clipping import clipping_of
+from stablekit_cli.report._culprit import ALARMS
+from stablekit_cli.report._rollbacks import returns_in
 from stablekit_cli.report._text import counted, number, percent
-from stablekit_cli.report._verdict import ALARMS, spikes_in
+from stablekit_cli.report._verdict import spikes_in
 from stablekit_cli.watch._plot import Line, Plot
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def _title(name: str, run: RunLog, pulse: Pulse) -> Text:
     if pulse.rate is not None:
         text.append(f"  {number(pulse.rate)} steps/s")
     if pulse.age is not None:
-        text.append(f"  written {_ago(pulse.age)} ago", style="dim")
+        text.append("  ").append(f"written {_ago(pulse.age)} ago", style="dim")
     return text
 
 
@@ -90,6 +92,9 @@ def _counts(run: RunLog, pulse: Pulse) -> Text:
     text.append(counted(skipped, "step skipped", "steps skipped"), "bold red" if skipped else "")
     text.append("  ")
     text.append(counted(spikes, "spike"), "bold yellow" if spikes else "")
+    returns = len(returns_in(run.events))
+    if returns:
+        text.append(f"  {counted(returns, 'rollback')}", "bold red")
     rates = _finite(run.scalars.get("lr", np.empty(0)))
     if rates.size:
         text.append(f"  lr {number(float(rates[-1]))}")
@@ -107,16 +112,18 @@ def _panel(
         return
     heading = Text(no_wrap=True, overflow="crop")
     heading.append(title, "bold")
+    values = _finite(np.concatenate([values for _, values, _ in known]))
+    log = len(shown) > 1 or (
+        values.size > 0 and values.min() > 0 and values.max() > 20 * values.min()
+    )
+    if log:
+        heading.append(" (log)", "dim")
     for label, values, color in known:
         heading.append("  ")
         if len(shown) > 1:
             heading.append(f"{label} ", "dim")
         heading.append(number(_latest(values)), color)
     yield heading
-    values = _finite(np.concatenate([values for _, values, _ in known]))
-    log = len(shown) > 1 or (
-        values.size > 0 and values.min() > 0 and values.max() > 20 * values.min()
-    )
     on_top = [*known[2:], *known[:2]]  # thresholds, where norms would hide them
     yield Plot([Line(values, color) for _, values, color in on_top], height, bool(log))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, final
 
 from rich.live import Live
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["watch"]
 
 REMEMBERED = 20
+RECORDED = ("run.json", "chunk-*", "tail*", "events.jsonl")
+"""Files that a recorder writes; reports and charts in the folder are later."""
 
 
 def watch(folder: Path, console: Console, *, once: bool, every: float, last: int) -> None:
@@ -83,33 +84,20 @@ class _Eye:
         )
 
     def _rate(self, run: RunLog) -> float | None:
-        """Return steps a second: lately if this was seen, otherwise since the start."""
+        """Return steps a second while it was watched; a log has no times to tell of before."""
         if not len(run):
             return None
         step = int(run.steps[-1])
         if not self._seen or self._seen[-1][1] != step:
             self._seen.append((time.monotonic(), step))
         (first, low), (latest, high) = self._seen[0], self._seen[-1]
-        if high > low:
-            return (high - low) / (latest - first)
-        return _average(run, self._written())
+        return (high - low) / (latest - first) if high > low else None
 
     def _age(self) -> float | None:
         written = self._written()
         return None if written is None else max(0.0, time.time() - written)
 
     def _written(self) -> float | None:
-        times = [path.stat().st_mtime for path in self._folder.glob("*.*") if path.is_file()]
+        paths = [path for form in RECORDED for path in self._folder.glob(form)]
+        times = [path.stat().st_mtime for path in paths if path.is_file()]
         return max(times, default=None)
-
-
-def _average(run: RunLog, written: float | None) -> float | None:
-    try:
-        started = datetime.fromisoformat(run.header["started"])
-    except (KeyError, ValueError):
-        return None
-    if started.tzinfo is None:
-        started = started.replace(tzinfo=timezone.utc)
-    elapsed = (written or 0.0) - started.timestamp()
-    steps = int(run.steps[-1] - run.steps[0] + 1)
-    return steps / elapsed if elapsed > 0 else None

@@ -51,6 +51,19 @@ const GLYPHS = {
 };
 const glyphOf = (kind) => (Object.hasOwn(GLYPHS, kind) ? GLYPHS[kind] : ["other", "circle"]);
 
+// Of several kinds at a step the most severe stand lowest, and only so many are drawn.
+const SEVERITY = ["rollback", "nonfinite", "scaler-skip", "spike", "skip"];
+const severity = (kind) => (SEVERITY.includes(kind) ? SEVERITY.indexOf(kind) : SEVERITY.length);
+const LEVELS = 3;
+const STACK = 11;
+const HEADROOM = 18 + STACK * (Math.min(LEVELS, mostAtAStep()) - 1);
+
+function mostAtAStep() {
+  const counts = new Map([[null, 1]]);
+  for (const [step, kind] of data.marks) if (!kind.endsWith("-end")) counts.set(step, (counts.get(step) || 0) + 1);
+  return [...counts.values()].reduce((a, b) => Math.max(a, b));
+}
+
 function drawGlyph(ctx, kind, x, y, size) {
   const [tint, shape] = glyphOf(kind);
   ctx.fillStyle = ctx.strokeStyle = color(tint);
@@ -85,7 +98,23 @@ function visibleMarks(u) {
     taken.add(key);
     found.push([x, kind]);
   }
-  return found;
+  return found.sort((a, b) => severity(a[1]) - severity(b[1]));
+}
+
+// The steps that a rollback undid.
+function drawSpans(u) {
+  const { ctx } = u;
+  const { left, top, width, height } = u.bbox;
+  if (state.hidden.has("rollback")) return;
+  ctx.save();
+  ctx.beginPath(); ctx.rect(left, top, width, height); ctx.clip();
+  ctx.globalAlpha = 0.14;
+  ctx.fillStyle = color("skip");
+  for (const [from, to] of data.spans) {
+    const start = u.valToPos(from, "x", true);
+    ctx.fillRect(start, top, u.valToPos(to, "x", true) - start, height);
+  }
+  ctx.restore();
 }
 
 function drawMarks(u, withLines) {
@@ -93,6 +122,7 @@ function drawMarks(u, withLines) {
   const { top, height } = u.bbox;
   const size = 4 * devicePixelRatio;
   const levels = new Map();
+  const gap = STACK * devicePixelRatio;
   ctx.save();
   for (const [x, kind] of visibleMarks(u)) {
     if (withLines) {
@@ -104,10 +134,10 @@ function drawMarks(u, withLines) {
       ctx.setLineDash([]);
       ctx.globalAlpha = 1;
     }
-    // Kinds at one step stand side by side, in the margin above the plot.
+    // Kinds at one step stand on one another, in the margin above the plot.
     const before = levels.get(x) || 0;
     levels.set(x, before + 1);
-    drawGlyph(ctx, kind, x + before * 2.6 * size, top - 8 * devicePixelRatio, size);
+    if (before < LEVELS) drawGlyph(ctx, kind, x, top - 8 * devicePixelRatio - before * gap, size);
   }
   ctx.restore();
 }

@@ -174,7 +174,7 @@ function heatChart() {
   const full = [-0.5, heat.rows - 0.5];
   const side = { grid: { show: false }, ticks: { show: false }, stroke: () => color("axis"), font, filter: (u, s) => s };
   const options = {
-    width: element.clientWidth, height: Math.max(130, Math.min(620, heat.rows * 15 + 44)), padding: [18, gutter ? 0 : RIGHT, 0, 0],
+    width: element.clientWidth, height: Math.max(130, Math.min(620, heat.rows * 15 + 26 + HEADROOM)), padding: [HEADROOM, gutter ? 0 : RIGHT, 0, 0],
     scales: {
       x: { time: false, min: state.range[0], max: state.range[1] },
       y: { dir: -1, range: () => state.rows || full },

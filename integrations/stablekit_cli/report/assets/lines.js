@@ -13,11 +13,17 @@ function rangeOf(panel) {
   return [low, high];
 }
 
+for (const line of data.lines) line.numbers = decoded(line.values, Float32Array);
+
+// A loss of NaN was recorded as such where the norm is not finite either; elsewhere there is none.
+const norm = data.lines.find((line) => line.panel === "norm" && line.role === "raw");
+function isBad(index) { return norm !== undefined && !Number.isFinite(norm.numbers[index]); }
+
 for (const line of data.lines) {
   let gaps = 0;
-  line.points = Array.from(decoded(line.values, Float32Array), (value) => {
+  line.points = Array.from(line.numbers, (value, index) => {
     if (Number.isFinite(value)) return value;
-    gaps += 1;
+    gaps += !isBad(index);
     return null;
   });
   line.sparse = gaps > steps.length / 4;
@@ -30,10 +36,9 @@ for (const panel of ["loss", "norm"]) {
 
 function styleOf(line, place) {
   if (line.role === "threshold") return { stroke: color("threshold" + (place % 6)), width: 1.3, dash: [6, 3] };
-  if (line.role === "median") return { stroke: color("ink"), width: 1.6 };
+  if (line.role === "median") return { stroke: color("ink"), width: 1.2 };
   if (line.role === "clipped") return { stroke: color("clipped"), width: 1.2 };
-  const covered = data.lines.some((other) => other.panel === line.panel && other.role === "median");
-  return { stroke: color(covered ? "faint" : "raw"), width: covered ? 1 : 1.3 };
+  return { stroke: color("raw"), width: 1.3 };
 }
 
 function isAway(index) { return index === null || index === undefined; }
@@ -43,6 +48,16 @@ function latest(points, index) {
   let at = isAway(index) ? points.length - 1 : index;
   while (at >= 0 && points[at] === null) at -= 1;
   return at < 0 ? null : points[at];
+}
+
+// What the legend says: nan where it was that, not the value of an earlier step.
+function told(line, index) {
+  const at = isAway(index) ? steps.length - 1 : index;
+  const isMeasured = line.role === "raw" || line.role === "clipped";
+  if (isMeasured && line.points[at] === null && (isBad(at) || !line.sparse)) {
+    return Number.isNaN(line.numbers[at]) ? "nan" : "inf";
+  }
+  return written(line.sparse || isAway(index) ? latest(line.points, at) : line.points[at]);
 }
 
 // Round numbers, evenly spread on a logarithmic axis.
@@ -98,13 +113,13 @@ function lineChart(panel, height) {
     thresholds += line.role === "threshold";
     return {
       label: line.label, spanGaps: line.sparse, points: { show: steps.length < 60, size: 4 },
-      value: (u, value, at, index) => written(line.sparse || isAway(index) ? latest(line.points, index) : value),
+      value: (u, value, at, index) => told(line, index),
       ...styleOf(line, thresholds),
     };
   });
   const element = document.getElementById(panel);
   const options = {
-    width: element.clientWidth - (isNarrow() ? 0 : GUTTER - RIGHT), height, padding: [18, RIGHT, 0, 0],
+    width: element.clientWidth - (isNarrow() ? 0 : GUTTER - RIGHT), height, padding: [HEADROOM, RIGHT, 0, 0],
     scales: {
       x: { time: false, min: state.range[0], max: state.range[1] },
       y: { distr: log ? 3 : 1, range: (u, low, high) => padded(low, high, log) },
@@ -115,6 +130,7 @@ function lineChart(panel, height) {
     hooks: {
       setScale: [followRange],
       setCursor: [(u) => showReadout(u.cursor.idx === null || u.cursor.idx === undefined ? null : steps[u.cursor.idx])],
+      drawClear: [drawSpans],
       draw: [(u) => drawMarks(u, true)],
     },
   };
