@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import stablekit
-from stablekit.errors import StablekitError
+from stablekit.errors import DivergenceError, NonFiniteError
 from stablekit_recovery import Escalation, LRBackoff, Rollback, SkipSpikes
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def run(chain: list[Any], fault: str, seed: int, source: Data) -> Outcome:
         session.observe(loss=loss, batch=step)
         try:
             optimizer.step()
-        except StablekitError:
+        except (DivergenceError, NonFiniteError):
             stopped = True
             break
     with torch.no_grad():

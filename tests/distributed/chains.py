@@ -167,6 +167,11 @@ def scales_by_norms(name: str) -> bool:
     )
 
 
+def watches_the_model(name: str) -> bool:
+    """Tell whether a plugin announces to look at what the model's modules put out."""
+    return "model" in getattr(plugin_named(name), "needs", ())
+
+
 def counted_chains() -> dict[str, Chain]:
     """Return what is attached when collectives are counted: each plugin, some together."""
     names = catalogue()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.distributed.chains import catalogue, scales_by_norms
+from tests.distributed.chains import catalogue, scales_by_norms, watches_the_model
 from tests.distributed.model import COUNTED
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ def test_under_fsdp2_all_norm_scaling_plugins_and_the_loss_share_one(group: Grou
 
 @pytest.mark.parametrize("name", catalogue())
 def test_under_ddp_a_plugin_that_does_not_read_the_loss_costs_none(group: Group, name: str) -> None:
-    assert counted(group, "ddp", name) == 0
-    assert counted(group, "ddp", name, loss=True) <= 1
+    own = 2 if watches_the_model(name) else 0  # what modules showed is agreed on
+    assert counted(group, "ddp", name) <= own
+    assert counted(group, "ddp", name, loss=True) <= own + 1
 
 
 def test_the_page_on_collectives_holds_what_was_counted(group: Group) -> None:
