@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXPERIMENT = ROOT / "examples" / "four_bit_llama.py"
 
 
 def packages(example: Path) -> set[str]:
@@ -61,14 +62,14 @@ def test_the_readme_links_to_an_example(example: Path) -> None:
     assert f"(examples/{example.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_and_prints_what_the_plugins_did(example: Path, tmp_path: Path) -> None:
+def run(example: Path, folder: Path, *arguments: str) -> str:
+    """Return what a program printed."""
     missing = sorted(p for p in packages(example) if importlib.util.find_spec(p) is None)
     if missing:
         pytest.skip(f"{example.name} needs {', '.join(missing)}")
-    run = subprocess.run(
-        [sys.executable, *launcher(example), str(example)],
-        cwd=tmp_path,
+    done = subprocess.run(
+        [sys.executable, *launcher(example), str(example), *arguments],
+        cwd=folder,
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -79,7 +80,22 @@ def test_an_example_runs_and_prints_what_the_plugins_did(example: Path, tmp_path
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stderr
-    assert re.search(r"[1-9]\d* skipped", run.stdout)
-    assert "zclip" in run.stdout
-    assert "bit-identical after resuming: False" not in run.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "example", [e for e in EXAMPLES if e != EXPERIMENT], ids=lambda path: path.stem
+)
+def test_an_example_runs_and_prints_what_the_plugins_did(example: Path, tmp_path: Path) -> None:
+    printed = run(example, tmp_path)
+    assert re.search(r"[1-9]\d* skipped", printed)
+    assert "zclip" in printed
+    assert "bit-identical after resuming: False" not in printed
+
+
+def test_the_experiment_prints_a_loss_for_each_arm_and_rate(tmp_path: Path) -> None:
+    printed = run(EXPERIMENT, tmp_path, "2", "1")
+    rows = re.findall(r"lr (\S+)  (\S.*?)  +(\d\.\d+) \+- 0\.000", printed)
+    arms = [(lr, arm) for lr in ("0.001", "0.003") for arm in ("Adam", "Adam + stable-spam")]
+    assert [(lr, arm) for lr, arm, _ in rows] == arms
