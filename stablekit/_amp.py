@@ -34,8 +34,12 @@ def scaler_above(frame: FrameType | None) -> GradScaler | None:
     first must know what it found in the others.
     """
     for _ in range(_NEAR):
-        caller = None if frame is None else frame.f_locals.get("self")
-        if frame is None or (isinstance(caller, GradScaler) and caller.is_enabled()):
+        if frame is None:
+            return None
+        # Asking for the locals of a frame keeps them alive in it: never ask those of user code.
+        is_of_torch = str(frame.f_globals.get("__name__")).startswith("torch.")
+        caller = frame.f_locals.get("self") if is_of_torch else None
+        if isinstance(caller, GradScaler) and caller.is_enabled():
             return caller
         frame = frame.f_back
     return None

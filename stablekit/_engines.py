@@ -50,7 +50,9 @@ def refuse_inside_engine(frame: FrameType | None) -> None:
     for _ in range(_NEAR):
         if frame is None:
             return
-        caller = frame.f_locals.get("self")
+        # Asking for the locals of a frame keeps them alive in it: not those of a training loop.
+        is_step = frame.f_code.co_name.endswith("step") and frame.f_code.co_argcount > 0
+        caller = frame.f_locals.get("self") if is_step else None
         if caller is not None and "Optimizer" in type(caller).__name__ and _reason(caller):
             raise AttachError(
                 f"the optimizer of this session was handed to {type(caller).__name__}, which steps"

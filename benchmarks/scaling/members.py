@@ -164,7 +164,7 @@ MEMBERS = {
     "spike-monitor": Member(
         SpikeMonitor,
         asks=("loss",),
-        small=Small(Linear(211), Linear(2069)),
+        small=Small(Linear(191), Linear(2069)),
         kept=Linear(120),  # and 32 norms a tensor in the host's memory
         host_reads=4,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from stablekit.gradients import local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from stablekit import Step
 
@@ -50,6 +51,20 @@ def whole(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
     settled = [Replicate() if place.is_partial() else place for place in places]
     return tensor.redistribute(placements=settled)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, gathering the parts of a DTensor."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def row_copies(tensor: Tensor) -> int:
+    """Return how many ranks hold parts of the same rows, where a DTensor is cut across rows."""
+    places = getattr(tensor, "placements", ())
+    cut = [d for d, place in enumerate(places) if getattr(place, "dim", 0) != 0]
+    mesh = getattr(tensor, "device_mesh", None)
+    return math.prod(mesh.size(d) for d in cut) if mesh is not None else 1
 
 
 def report(step: Step, acted: Mapping[int, Tensor], units: Mapping[int, int] | None = None) -> None:

@@ -119,8 +119,9 @@ class Cautious:
                 before, now, _ = part
                 kept = before + (now - before) * (mask / share.to(now.device, now.dtype))
                 now.copy_(torch.where(step.ok.to(now.device), kept, now))
-        known = [i for i, mask in enumerate(masks) if mask is not None]
-        step.record("kept", shares[known].mean() if known else 1.0)
+        present = step.gradients.present  # on any rank, unlike the masks
+        mean = (shares * present).sum() / present.sum()
+        step.record("kept", torch.where(present.any(), mean, 1.0))
 
     def _kept(self, step: Step, group: Mapping[str, Any]) -> float | Tensor:
         """Return what weight decay leaves of a parameter before the update."""

@@ -15,7 +15,7 @@ import torch
 from stablekit import hookimpl
 from stablekit.arguments import number, plugin_name
 from stablekit.errors import AttachError
-from stablekit_updates._weights import held, report
+from stablekit_updates._weights import full, held, report
 
 if TYPE_CHECKING:
     from stablekit import Step
@@ -84,8 +84,9 @@ class LogitScaleClamp:
         for i, scale in held(step, positions):
             acted[i] = ((scale < bottom) | (scale > top)).any()
             scale.clamp_(bottom.to(scale.device, scale.dtype), top.to(scale.device, scale.dtype))
-            step.record("scale", scale.float().exp().max())
         report(step, acted)
+        scales = [full(step.parameters[i].detach()).float().exp().max() for i in positions]
+        step.record("scale", torch.stack([scale.to(top.device) for scale in scales]).max())
 
     def _positions(self, step: Step) -> list[int]:
         names = step.gradients.names

@@ -14,7 +14,7 @@ from torch import Tensor
 from stablekit import hookimpl
 from stablekit.arguments import number, plugin_name
 from stablekit.gradients import local
-from stablekit_updates._weights import matrices, report, whole, within
+from stablekit_updates._weights import matrices, report, row_copies, whole, within
 
 if TYPE_CHECKING:
     from stablekit import Step
@@ -96,7 +96,7 @@ class MaxNorm:
             weights = params[i].detach()
             norms = unit_norms(weights)
             factors = unit_factors(norms, self.max_norm, dtype=weights.dtype)
-            acted[i] = (norms > self.max_norm).sum()
+            acted[i] = (norms > self.max_norm).sum() / row_copies(weights)
             units[i] = max(weights.shape[0], 1) if weights.ndim > 1 else 1
             if not step.session.host:
                 factors = torch.where(step.ok, factors, 1.0)

@@ -21,7 +21,8 @@ Chain = Callable[[], list[Any]]
 
 GUARD = "nonfinite-guard"
 EVERYTHING = "everything"
-CUT_BY_COLUMNS = ("agc", "clip-value after agc", "quantile-clip of each tensor", EVERYTHING)
+CLIPPERS = "all clippers"
+CUT_BY_COLUMNS = ("agc", "clip-value after agc", "quantile-clip of each tensor", CLIPPERS)
 """Chains that see more than the global norm, which is the same however tensors are cut."""
 
 _SKIPS = {"window": 8, "warmup_steps": 4, "max_consecutive": 1}
@@ -62,25 +63,30 @@ class Probe:
 
     name = "probe"
 
-    def __init__(self) -> None:
-        """Start with an empty sheet."""
+    def __init__(self, *, largest: bool = True) -> None:
+        """Start with an empty sheet.
+
+        Args:
+            largest: look at the largest elements too, which is a reduction of its own.
+        """
         self.seen: list[dict[str, Any]] = []
+        self._reads_largest = largest
 
     @hookimpl
     def on_step_end(self, step: Step) -> None:
         """Note norms, loss and decision."""
         gradients = step.gradients
-        self.seen.append(
-            {
-                "raw": gradients.raw_norms(),
-                "norms": gradients.norms(),
-                "norm": gradients.norm(),
-                "present": gradients.present,
-                "largest": gradients.amaxes(),
-                "loss": step.loss,
-                "ok": step.ok,
-            }
-        )
+        seen = {
+            "raw": gradients.raw_norms(),
+            "norms": gradients.norms(),
+            "norm": gradients.norm(),
+            "present": gradients.present,
+            "loss": step.loss,
+            "ok": step.ok,
+        }
+        if self._reads_largest:
+            seen["largest"] = gradients.amaxes()
+        self.seen.append(seen)
 
 
 @final
@@ -124,6 +130,13 @@ def catalogue() -> tuple[str, ...]:
     return tuple(stablekit.available())
 
 
+def clippers() -> list[str]:
+    """Return the names of those that change gradients and nothing else."""
+    found = stablekit.available().values()
+    names = [info.name for info in found if info.entry_point.startswith("stablekit_clipping:")]
+    return [name for name in names if "parameters" not in getattr(plugin_named(name), "needs", ())]
+
+
 @functools.cache
 def _factory_of(name: str) -> Callable[..., Any]:
     """Return what makes a plugin, looked up once."""
@@ -156,6 +169,7 @@ def chains() -> dict[str, Chain]:
             plugin_named("clip-value"),
             stablekit.create("agc", clipping=0.001, name="again"),
         ],
+        CLIPPERS: lambda: [GUARD, *(plugin_named(name) for name in clippers())],
         EVERYTHING: lambda: [GUARD, *(plugin_named(n) for n in names if n != GUARD)],
     }
 
@@ -165,11 +179,6 @@ def scales_by_norms(name: str) -> bool:
     return not {"amaxes", "elements", "model", "parameters"} & set(
         getattr(plugin_named(name), "needs", ())
     )
-
-
-def watches_the_model(name: str) -> bool:
-    """Tell whether a plugin announces to look at what the model's modules put out."""
-    return "model" in getattr(plugin_named(name), "needs", ())
 
 
 def counted_chains() -> dict[str, Chain]:

@@ -23,7 +23,8 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.first = nn.Linear(8, 5)
         self.conv = nn.Conv1d(1, 3, 3)
-        self.query, self.key = nn.Linear(8, 4), nn.Linear(8, 4)
+        self.query = nn.Linear(8, 4)
+        self.key = nn.Linear(8, 4, bias=False)  # softmax would leave a bias nothing but rounding
         self.norm = nn.LayerNorm(5)
         self.last = nn.Linear(5, 1)
         self.idle = nn.Linear(3, 2)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.distributed.chains import catalogue, scales_by_norms, watches_the_model
+from tests.distributed.chains import catalogue, scales_by_norms
 from tests.distributed.model import COUNTED
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.distributed
 
+NORM_SCALING = [name for name in catalogue() if scales_by_norms(name)]
 PAGE = Path(__file__).parents[2] / "docs" / "collectives.md"
 START, END = "<!-- counted by tests/distributed -->\n", "<!-- end -->\n"
 
@@ -52,11 +53,10 @@ def test_the_optimizer_alone_issues_none(group: Group) -> None:
     assert [counted(group, engine, "not attached") for engine in ("fsdp2", "ddp")] == [0, 0]
 
 
-@pytest.mark.parametrize("name", catalogue())
+@pytest.mark.parametrize("name", NORM_SCALING)
 def test_under_fsdp2_a_plugin_that_scales_by_norms_costs_one(group: Group, name: str) -> None:
-    most = counted(group, "fsdp2", name)
-    assert counted(group, "fsdp2", name, loss=True) == most
-    assert most == 1 or not scales_by_norms(name)
+    assert counted(group, "fsdp2", name) == 1
+    assert counted(group, "fsdp2", name, loss=True) == 1
 
 
 @pytest.mark.parametrize("name", ["clip-value", "global-norm(norm_type=inf)"])
@@ -68,11 +68,10 @@ def test_under_fsdp2_all_norm_scaling_plugins_and_the_loss_share_one(group: Grou
     assert counted(group, "fsdp2", "all that scale by norms", loss=True) == 1
 
 
-@pytest.mark.parametrize("name", catalogue())
-def test_under_ddp_a_plugin_that_does_not_read_the_loss_costs_none(group: Group, name: str) -> None:
-    own = 2 if watches_the_model(name) else 0  # what modules showed is agreed on
-    assert counted(group, "ddp", name) <= own
-    assert counted(group, "ddp", name, loss=True) <= own + 1
+@pytest.mark.parametrize("name", NORM_SCALING)
+def test_under_ddp_it_costs_none_unless_it_reads_the_loss(group: Group, name: str) -> None:
+    assert counted(group, "ddp", name) == 0
+    assert counted(group, "ddp", name, loss=True) <= 1
 
 
 def test_the_page_on_collectives_holds_what_was_counted(group: Group) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from stablekit.hookspecs import hooks_of
 from tests.distributed.chains import (
+    CLIPPERS,
     CUT_BY_COLUMNS,
     EVERYTHING,
     GUARD,
@@ -36,8 +37,8 @@ WORLDS = (1, 2, 4)
 WRITING = {"transform_gradients", "before_update", "after_update"}
 CASES = [
     *((world, run, name) for world in (2, 4) for run in ("ddp", "fsdp2") for name in CHAINS),
-    *((2, "columns", name) for name in CUT_BY_COLUMNS),
-    *((2, run, EVERYTHING) for run in ("ddp, device mode", "fsdp2, device mode")),
+    *((2, "columns", name) for name in (*CUT_BY_COLUMNS, EVERYTHING)),
+    *((2, run, CLIPPERS) for run in ("ddp, device mode", "fsdp2, device mode")),
     (4, "hsdp", EVERYTHING),
 ]
 ROUNDING = 1e-6
@@ -62,25 +63,20 @@ def _alone(world: int, *, missing: bool, dtype: torch.dtype) -> dict[str, Seen]:
     return train(Run("one", missing=missing, dtype=dtype), chosen, world=world)
 
 
-def without_loss(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Drop the one metric that is recorded only where telling it costs nothing."""
-    return [{key: value for key, value in row.items() if key != "loss"} for row in metrics]
+def _without_loss(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what depends on the loss: four ranks add their losses up in another order."""
+    return [{key: v for key, v in row.items() if "loss" not in key} for row in rows]
 
 
 def assert_decisions_agree(seen: Seen, single: Seen, within: float = ROUNDING) -> None:
     """Compare norms, decisions, metrics, events and state."""
     assert_same(seen["probe"], single["probe"], within=within, path="probe")
-    told = [{k: row[k] for k in one if k in row} for row, one in _pairs(seen, single)]
-    expected = [{k: one[k] for k in row if k in one} for row, one in _pairs(seen, single)]
-    assert_same(told, expected, within=10 * within, path="metrics")
-    for row, one in _pairs(seen, single):
-        assert one.keys() - row.keys() <= {"grad_norm_clipped", "loss"}
+    for row, one in zip(seen["metrics"], single["metrics"], strict=True):
+        assert one.keys() ^ row.keys() <= {"grad_norm_clipped", "loss"}
+        for key in one.keys() & row.keys():
+            assert_same(row[key], one[key], within=10 * within, path=f"metrics/{key}")
     assert _facts(seen["state"]) == _facts(single["state"])
     assert_same(seen["state"]["plugins"], single["state"]["plugins"], within=within, path="state")
-
-
-def _pairs(seen: Seen, single: Seen) -> list[tuple[Any, Any]]:
-    return list(zip(seen["metrics"], single["metrics"], strict=True))
 
 
 def _facts(state: Seen) -> Seen:
@@ -98,9 +94,8 @@ def test_ddp_is_bit_identical_to_one_process_on_the_averaged_gradients(
     for seen in group(world):
         run = seen["ddp"][name]
         assert_same(run["weights"], single["weights"], path="weights")
-        assert_same(run["probe"], single["probe"], path="probe")
-        assert_same(without_loss(run["metrics"]), without_loss(single["metrics"]), path="metrics")
-        assert_same(run["state"], single["state"], path="state")
+        assert_same(_without_loss(run["probe"]), _without_loss(single["probe"]), path="probe")
+        assert_decisions_agree(run, single, 0.0 if world < 4 else ROUNDING)
 
 
 @every_world
@@ -122,9 +117,9 @@ def test_shards_with_copies_agree_with_one_process(group: Group) -> None:
 
 @pytest.mark.parametrize("run", ["ddp", "fsdp2"])
 def test_device_mode_agrees_with_one_process(group: Group, run: str) -> None:
-    single = in_one_process(2, f"{run}, device mode")[EVERYTHING]
+    single = in_one_process(2, f"{run}, device mode")[CLIPPERS]
     for seen in group(2):
-        there = seen[f"{run}, device mode"][EVERYTHING]
+        there = seen[f"{run}, device mode"][CLIPPERS]
         assert_same(there["weights"], single["weights"], within=ROUNDING, path="weights")
         assert _facts(there["state"]) == _facts(single["state"])
 

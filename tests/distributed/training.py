@@ -82,7 +82,7 @@ def _set_up(run: Run, chosen: Mapping[str, Chain]) -> tuple[nn.Module, list[Trai
     fleet, models, optimizers = build(run.engine, len(chosen), run.dtype)
     trainees = []
     for model, optimizer, chain in zip(models, optimizers, chosen.values(), strict=True):
-        probe = Probe()
+        probe = Probe(largest=False)
         plugins = chain() if run.counted else [*chain(), probe]
         session = None
         if plugins:

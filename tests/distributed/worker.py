@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed.chains import CUT_BY_COLUMNS, EVERYTHING, chains, counted_chains
+from tests.distributed.chains import CLIPPERS, CUT_BY_COLUMNS, EVERYTHING, chains, counted_chains
 from tests.distributed.composed import composed
 from tests.distributed.disagreements import absences, disagreements, lonely_losses, strangers
 from tests.distributed.flat import flat
@@ -26,7 +26,7 @@ RUNS = {
     2: {
         "ddp": Run("ddp"),
         "fsdp2": Run("fsdp2", saved=True, dtype=WIDE),
-        "columns": Run("columns", missing=True),
+        "columns": Run("columns", missing=True, dtype=WIDE),
         "fsdp2, device mode": Run("fsdp2", device_mode=True),
         "ddp, device mode": Run("ddp", device_mode=True),
         "counted ddp": Run("ddp", faults=False, counted=True),
@@ -39,10 +39,10 @@ RUNS = {
     },
 }
 LIMITED = {
-    "columns": CUT_BY_COLUMNS,
+    "columns": (*CUT_BY_COLUMNS, EVERYTHING),
     "hsdp": (EVERYTHING,),
-    "fsdp2, device mode": (EVERYTHING,),
-    "ddp, device mode": (EVERYTHING,),
+    "fsdp2, device mode": (CLIPPERS,),
+    "ddp, device mode": (CLIPPERS,),
 }
 CASES = {
     2: [

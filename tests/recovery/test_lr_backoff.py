@@ -236,7 +236,7 @@ def test_events_may_come_from_the_session_itself() -> None:
 
     run = Stream("nonfinite-guard", LRBackoff(0.5, on="nonfinite"), Ear())
     run.step(math.nan)
-    assert [event.kind for event in seen] == ["lr-backoff", "nonfinite", "skip"]
+    assert [event.kind for event in seen] == ["nonfinite", "lr-backoff", "skip"]
     assert run.session.lr_factors == {"lr-backoff": 0.5}
 
 

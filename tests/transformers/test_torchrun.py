@@ -94,4 +94,4 @@ def test_only_the_first_process_logs(ranks: Seen) -> None:
 
 
 def test_fsdp1_is_refused(ranks: Seen) -> None:
-    assert "use fully_shard (FSDP2)" in ranks[0]["fsdp1"]
+    assert "torch.distributed.fsdp.fully_shard" in ranks[0]["fsdp1"]
