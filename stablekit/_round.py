@@ -244,12 +244,7 @@ class Round:
 
     @property
     def _expects_loss(self) -> bool:
-        """Tell whether a loss is reduced; with several ranks as agreed before the first step."""
-        if not _loss.is_shared():
-            return bool(self._losses)
-        if self._losses and not self.session.expects_loss:
-            self.session.warn_of_late_loss()
-        return self.session.expects_loss
+        return bool(self._losses) or self.session.expects_loss
 
     def _rider(self) -> Tensor | None:
         """Return what is agreed on with the norms: overflow, what is not finite, the loss."""

@@ -85,7 +85,6 @@ class Session:
         self._identity: tuple[int, ...] = ()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._observed: deque[Tensor] = deque(maxlen=MAX_LOSSES)
-        self._warned_of_late_loss = False
         self._witness: weakref.ref[Tensor] | None = None
         self._overheard: list[Tensor] = []
         self._batch: Any = None
@@ -368,17 +367,6 @@ class Session:
         if self._observed and self._witness is not None and known is not current:
             self._observed.clear()
         self._witness = None if current is None else weakref.ref(current)
-
-    def warn_of_late_loss(self) -> None:
-        """Say once that a loss came too late for all ranks to know of it."""
-        if not self._warned_of_late_loss:
-            self._warned_of_late_loss = True
-            warnings.warn(
-                "a loss was observed for the first time after the first step, which other ranks do"
-                " not know of: it is left out. Observe one before the first step, on any rank",
-                NoEffectWarning,
-                stacklevel=2,
-            )
 
     def count_skip(self) -> None:
         """Count a skipped step."""
