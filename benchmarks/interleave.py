@@ -36,6 +36,10 @@ class Timings:
         """Keep the seconds by case."""
         self._seconds = seconds
 
+    def seconds(self, name: str) -> list[float]:
+        """Return the seconds of every repetition of a case."""
+        return list(self._seconds[name])
+
     def median(self, name: str) -> float:
         """Return the median of a case."""
         return statistics.median(self._seconds[name])

@@ -18,6 +18,7 @@ from benchmarks import (
     rows_autoclip,
     rows_clipped,
     rows_device,
+    rows_fsdp2,
     rows_peers,
     rows_qk_clip,
     rows_recorder,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _ON_WORKLOADS = {
     "unclipped": rows_unclipped.rows,
+    "fsdp2": rows_fsdp2.rows,
     "clipped": rows_clipped.rows,
     "agc": rows_agc.rows,
     "adagc": rows_adagc.rows,

@@ -133,11 +133,11 @@ class AmpState:
             return None
         return self.scale.double().reciprocal().float().to(device, non_blocking=True)
 
-    def ok(self, device: torch.device) -> Tensor:
-        """Return a 0-dim bool: the scaler found no overflow."""
+    def ok(self, true: Tensor) -> Tensor:
+        """Return a 0-dim bool: the scaler found no overflow; the one given where there is none."""
         if self.found_inf is None:
-            return torch.ones((), dtype=torch.bool, device=device)
-        return (self.found_inf == 0).view(()).to(device, non_blocking=True)
+            return true
+        return (self.found_inf == 0).view(()).to(true.device, non_blocking=True)
 
     def flag(self, device: torch.device) -> Tensor:
         """Return a vector of one element, positive where the scaler found an overflow."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stablekit._engines import SUPPORTED
-from stablekit._sharding import Span, is_dtensor, rows_here, spans_of
+from stablekit._norms import Shapes
+from stablekit._sharding import PLACES, Span, are_dtensors, is_dtensor, rows_here, spans_of
 from stablekit.errors import AttachError
 
 if TYPE_CHECKING:
@@ -42,12 +43,24 @@ class Layout:
         self.device = params[0].device if params else torch.device("cpu")
         self.everywhere = tuple(range(len(params)))
         self.everyone = torch.ones(len(params), dtype=torch.bool, device=self.device)
+        self.ones = self.everyone.float()
+        self.true = torch.ones((), dtype=torch.bool, device=self.device)
+        self.quiet = torch.zeros(4, device=self.device)
         self.on_mesh = frozenset(i for i, param in enumerate(params) if is_dtensor(param))
+        self.kinds = set(map(type, params))
+        self.places = list(map(PLACES, params)) if are_dtensors(params) else []
         self.spans = spans_of(params)
         self._subsets: dict[tuple[int, ...], Tensor] = {}
         self._names: dict[tuple[int, ...], tuple[str, ...]] = {}
         self._masks: dict[tuple[int, ...], Tensor] = {self.everywhere: self.everyone}
         self._rows: dict[int, Tensor | None] = {}
+        self._shapes: Shapes | None = None
+
+    def shapes_of(self, parts: list[Tensor]) -> Shapes:
+        """Return the shapes of this rank's parts of all gradients, found once."""
+        if self._shapes is None:
+            self._shapes = Shapes(parts)
+        return self._shapes
 
     @property
     def world_span(self) -> Span | None:

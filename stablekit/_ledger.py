@@ -67,11 +67,7 @@ class Ledger:
         self._base, self._units, self._weights = memory.read(norms, units, cut, first=True)
         self._derive(i for i in units if memory.has_rows(i))
         self._raw = self._base
-        ride = memory.ride[:2]
-        self._raw_total, ride = self.reduce_groups.total(self._raw, self.layout, None, ride)
-        if len(ride):
-            memory.ride = torch.cat([ride, memory.ride[2:]])
-            self._raw_total = self._raw_total + ride[1]
+        self._raw_total = self._first_total()
 
     def raw_norms(self) -> Tensor:
         """Return per-tensor norms as backward left them."""
@@ -99,6 +95,15 @@ class Ledger:
             chosen: these positions.
         """
         return self.reduce_groups.total(norms, self.layout, chosen, self.memory.ride[:0])[0]
+
+    def _first_total(self) -> Tensor:
+        """Return the global norm, not finite if some rank has heard of such a tensor elsewhere."""
+        memory = self.memory
+        ride = memory.ride[:2] if self.reduce_groups else memory.ride[:0]
+        total, ride = self.reduce_groups.total(self._raw, self.layout, None, ride)
+        if len(ride):
+            memory.ride = torch.cat([ride, memory.ride[2:]])
+        return total + memory.ride[1] if memory.listened or len(ride) else total
 
     @property
     def is_shared(self) -> bool:

@@ -36,8 +36,10 @@ def shared(summed: Tensor, *, host: bool) -> Tensor | None:
 
     Where none has, None; on a device, which cannot tell, NaN.
     """
+    if host and not any(summed.tolist()[1:]):
+        return None
     loss, count = summed.unbind()
-    return None if host and count == 0 else loss / count
+    return loss / count
 
 
 def reduced(losses: list[Tensor], home: torch.device, *, host: bool) -> Tensor | None:

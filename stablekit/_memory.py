@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
 
 from stablekit import _norms
-from stablekit._sharding import is_dtensor, local, placed_like
+from stablekit._sharding import LOCAL_PART, PLACES, is_dtensor, local, placed_like
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -57,9 +57,10 @@ class Memory:
         self.layout = layout
         self.unscale = unscale
         self.ride = torch.empty(0, device=layout.device) if ride is None else ride
-        self.data = _local_gradients(params, layout)
+        self.data, self._is_usual = _local_gradients(params, layout)
         self.held, self.present = layout.everywhere, layout.everyone
-        if any(data is None for data in self.data):
+        self.listened = False
+        if not self._is_usual and type(None) in set(map(type, self.data)):
             self.held = tuple(i for i, data in enumerate(self.data) if data is not None)
             self.present = layout.mask(self.held)
 
@@ -133,6 +134,9 @@ class Memory:
         return data
 
     def _local_norms(self, positions: Sequence[int]) -> Tensor:
+        if self._is_usual and positions == self.layout.everywhere:
+            parts = cast("list[Tensor]", self.data)
+            return self._true(_norms.tensor_norms(parts, self.layout.shapes_of(parts)))
         held = tuple(i for i in sorted(positions) if self.data[i] is not None)
         if not held:
             return self._spread(None, ())
@@ -174,30 +178,34 @@ class Memory:
         """Replace what this rank found of its parts by what all ranks found together."""
         tables = (dict(found.units), dict(found.weights))
         slots = [(table, i) for table in tables for i in table if i in span.members]
-        norms = [span.own(found.norms[span.index])]
+        norms = [span.own(found.norms if span.is_whole else found.norms[span.index])]
         norms += [span.own(table[i], i) for table, i in slots]
-        ride = torch.empty(0, device=self.layout.device)
-        if first:
-            self._warn(span, found)
-            riding = len(self.ride) if span.is_world else 2
-            ride = torch.cat([self.present[span.index].float(), self.ride[:riding]])
-        (agreed, *more), ridden = span.join(norms, ride)
+        riders = self._riders(span, found) if first else []
+        (agreed, *more), ridden = span.join(norms, *riders)
         for (table, i), whole in zip(slots, more, strict=True):
             table[i] = whole
         if first:
-            flags, rest = ridden.tensor_split([len(span.members)])
-            self.present = self.present.index_copy(0, span.index, flags > 0)
-            self.ride = torch.cat([rest, self.ride[riding:]])
-        return Reading(found.norms.index_copy(0, span.index, agreed), *tables)
+            flags, ride = ridden
+            self.present = span.put(self.present, flags > 0)
+            self.ride = ride if span.is_world else torch.cat([ride, self.ride[2:]])
+        return Reading(span.put(found.norms, agreed), *tables)
+
+    def _riders(self, span: Span, found: Reading) -> list[Tensor]:
+        """Return what is to be summed besides norms: who has a gradient, and what rides along."""
+        if span.outside and len(self.ride):
+            self._warn(span, found)
+        present = self.present if span.is_whole else self.present[span.index]
+        is_everyone = self.present is self.layout.everyone and span.is_whole
+        flags = self.layout.ones if is_everyone else present.float()
+        return [flags, self.ride if span.is_world else self.ride[:2]]
 
     def _warn(self, span: Span, found: Reading) -> None:
         """Add what is not finite here, and not in the span, to what rides along."""
-        if not span.outside or not len(self.ride):
-            return
         norms = [found.norms[self.layout.subset(span.outside)]]
         norms += [found.units[i] for i in span.outside if i in found.units]
         joined = torch.cat(norms)
         bad = torch.where(joined.isfinite(), 0.0, joined).sum()
+        self.listened = True
         self.ride = self.ride.index_add(0, self.layout.subset((1,)), bad.view(1))
 
     def _whole(self, i: int, units: Tensor) -> Tensor:
@@ -231,13 +239,20 @@ class Memory:
         return full.index_copy(0, self.layout.subset(positions), values)
 
 
-def _local_gradients(params: list[Tensor], layout: Layout) -> list[Tensor | None]:
-    """Return this rank's dense part of every gradient, None where there is none."""
+def _local_gradients(params: list[Tensor], layout: Layout) -> tuple[list[Tensor | None], bool]:
+    """Return this rank's dense part of every gradient, None where there is none.
+
+    Also whether all are there, placed and laid out like the parameters.
+    """
     grads = [param.grad for param in params]
     are_plain = not layout.on_mesh and set(map(type, grads)) == {Tensor}
     if are_plain and set(map(_LAYOUT, grads)) == {torch.strided}:
-        return grads
-    return [_local_gradient(param, name) for param, name in zip(params, layout.names, strict=True)]
+        return grads, True
+    all_on_mesh = layout.places and set(map(type, grads)) == layout.kinds
+    if all_on_mesh and list(map(PLACES, grads)) == layout.places:
+        return list(map(LOCAL_PART, grads)), True
+    named = zip(params, layout.names, strict=True)
+    return [_local_gradient(param, name) for param, name in named], False
 
 
 def _local_gradient(param: Tensor, name: str) -> Tensor | None:

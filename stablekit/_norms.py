@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 import torch
@@ -36,30 +36,49 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
-def tensor_norms(tensors: list[Tensor]) -> Tensor:
+@final
+class Shapes:
+    """Where tensors are and how large: the same every step, and slow to ask 146 tensors for."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        """Ask the tensors."""
+        self.devices = set(map(_DEVICE, tensors))
+        self.sizes = tuple(map(Tensor.numel, tensors))
+        self.dims = tuple(map(Tensor.dim, tensors))
+        self._plans: dict[int, _Plan] = {}
+
+    def plan(self, limit: int) -> _Plan:
+        """Return how the tensors are best read; a norm is exact up to this many elements."""
+        if limit not in self._plans:
+            self._plans[limit] = _plan(self.sizes, self.dims, limit)
+        return self._plans[limit]
+
+
+def tensor_norms(tensors: list[Tensor], shapes: Shapes | None = None) -> Tensor:
     """Return the L2 norm of each dense tensor, float32 ``[len(tensors)]``, where the first is."""
     home = tensors[0].device
-    devices = set(map(_DEVICE, tensors))
+    devices = set(map(_DEVICE, tensors)) if shapes is None else shapes.devices
     if len(devices) == 1:
-        return _on_one_device(tensors)
+        return _on_one_device(tensors, shapes)
     norms = torch.zeros(len(tensors), device=home)
     for device in devices:
         where = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        read = _on_one_device([tensors[i] for i in where]).to(home, non_blocking=True)
+        read = _on_one_device([tensors[i] for i in where], None).to(home, non_blocking=True)
         norms = norms.index_copy(0, torch.tensor(where, device=home), read)
     return norms
 
 
-def _on_one_device(tensors: list[Tensor]) -> Tensor:
+def _on_one_device(tensors: list[Tensor], shapes: Shapes | None) -> Tensor:
     dtypes = set(map(_DTYPE, tensors))
     if any(dtype.is_complex for dtype in dtypes):
         tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+        shapes = None
     if tensors[0].device.type != "cpu":
         if not dtypes.isdisjoint(_WIDE):  # a kernel that narrows while it reads does not exist
             tensors = [t.float() if t.dtype in _WIDE else t for t in tensors]
         return torch.stack(torch._foreach_norm(tensors, 2, torch.float32))
-    sizes, dims = tuple(map(Tensor.numel, tensors)), tuple(map(Tensor.dim, tensors))
-    plan = _plan(sizes, dims, _SHORT if dtypes == {torch.float32} else _SHORT_OTHER)
+    shapes = Shapes(tensors) if shapes is None else shapes
+    plan = shapes.plan(_SHORT if dtypes == {torch.float32} else _SHORT_OTHER)
     parts = [_row_norms([tensors[i] for i in row]) for row in plan.rows]
     if plan.short:
         short = [tensors[i] for i in plan.short]
@@ -68,7 +87,7 @@ def _on_one_device(tensors: list[Tensor]) -> Tensor:
         parts.append(torch.stack(torch._foreach_norm(short)))
     if plan.long:
         parts.append(torch.stack([_long_norm(tensors[i]) for i in plan.long]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.from_numpy(plan.order)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[plan.order]
 
 
 class _Plan(NamedTuple):
@@ -77,7 +96,7 @@ class _Plan(NamedTuple):
     rows: list[list[int]]
     short: list[int]
     long: list[int]
-    order: np.ndarray[tuple[int], np.dtype[np.int64]]
+    order: Tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,7 +112,7 @@ def _plan(sizes: tuple[int, ...], dims: tuple[int, ...], limit: int) -> _Plan:
     short = [i for i in alone if sizes[i] <= limit]
     long = [i for i in alone if sizes[i] > limit]
     together = [i for row in rows for i in row] + short + long
-    return _Plan(rows, short, long, np.argsort(together))
+    return _Plan(rows, short, long, torch.from_numpy(np.argsort(together)))
 
 
 def _row_norms(vectors: list[Tensor]) -> Tensor:

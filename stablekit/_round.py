@@ -42,7 +42,7 @@ class Round:
         self.phase = ""
         self.skipped = False
         self.ledger: Ledger | None = None
-        self.ok = amp.ok(self.layout.device)
+        self.ok = amp.ok(self.layout.true)
         self.lent_scale = amp.scale
         self.lent_found_inf: Tensor | None = None
         session.latest.begin()
@@ -95,7 +95,7 @@ class Round:
                 self._settle_skip()
         elif self._requests or self.amp.found_inf is not None:
             if self.amp.found_inf is not None:
-                self.emit("scaler-skip", "", _OVERFLOW, ~self.amp.ok(self.layout.device), (), {})
+                self.emit("scaler-skip", "", _OVERFLOW, ~self.amp.ok(self.layout.true), (), {})
             self._settle_on_device()
 
     def transform(self) -> None:
@@ -251,13 +251,15 @@ class Round:
         if not (self.layout.spans or self.session.reduce_groups):
             return None
         home = self.layout.device
+        if not self._losses and self.amp.found_inf is None:
+            return self.layout.quiet
         nothing_bad = torch.zeros(1, device=home)
         return torch.cat([self.amp.flag(home), nothing_bad, _loss.rider(self._losses, home)])
 
     def _agree_on(self, ride: Tensor) -> None:
         if self.amp.found_inf is not None:
             self.amp.agree(ride[0], tell=not self.session.dry_run)
-            self.ok = self.amp.ok(self.layout.device)
+            self.ok = self.amp.ok(self.layout.true)
         if self.layout.world_span is not None:
             self._has_agreed_loss = True
             if self.session.host or self._expects_loss:
@@ -295,7 +297,11 @@ class Round:
         every = self.session.log_every
         may_read = every > 0 and self.number % every == 0 and not ledger.is_shared
         if ledger.knows_norm or may_read:
-            latest.record("grad_norm_clipped", torch.where(self.ok, ledger.norm(), 0.0))
+            norm = ledger.norm()
+            is_whole = self.session.host and not self.skipped
+            latest.record(
+                "grad_norm_clipped", norm if is_whole else torch.where(self.ok, norm, 0.0)
+            )
         else:
             latest.forget("grad_norm_clipped")
         if self._loss is not None or (self._losses and not _loss.is_shared()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 _OPS = ("sum", "mean", "max", "min")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+PLACES = attrgetter("device_mesh", "placements")
+"""Returns where a DTensor lies."""
+
+LOCAL_PART = attrgetter("_local_tensor")
+"""Returns what this rank holds of a DTensor, as ``to_local()`` without autograd does, faster."""
+
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell DTensors apart without importing the module that defines them, which is slow."""
@@ -26,6 +33,12 @@ def is_dtensor(tensor: Tensor) -> bool:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def are_dtensors(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether all of them, and at least one, are of the class itself."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and set(map(type, tensors)) == {module.DTensor}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -117,10 +130,13 @@ def all_reduce(
         raise ValueError(f"op must be one of {', '.join(_OPS)}, got {op!r}")
     if world_size() == 1:
         return tensor
-    result = tensor.clone()
+    return _reduced_(tensor.clone(), op, groups)
+
+
+def _reduced_(result: Tensor, op: str, groups: Sequence[ProcessGroup | None]) -> Tensor:
+    """Reduce a tensor that nobody else needs, in place where it can be."""
+    kind = getattr(dist.ReduceOp, "SUM" if op == "mean" else op.upper())
     for group in groups:
-        kind = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM}.get(op)
-        kind = kind or {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
         dist.all_reduce(result, op=kind, group=group)
         if op == "mean":
             result = result / dist.get_world_size(group)
@@ -138,12 +154,17 @@ class Span:
         self.members = frozenset(positions)
         self.outside = tuple(i for i in range(len(params)) if i not in self.members)
         self.index = torch.tensor(positions, device=home)
+        self.is_whole = list(positions) == list(range(len(params)))
         self.groups = _groups(mesh)
         self.ranks = frozenset(_ranks(mesh))
         self.is_world: bool = mesh.size() == world_size()
         copies = [is_copy(params[i]) for i in positions]
         self._copies = {i for i, is_one in zip(positions, copies, strict=True) if is_one}
         self._is_copy = torch.tensor(copies, device=home)
+
+    def put(self, values: Tensor, agreed: Tensor) -> Tensor:
+        """Return values of all tensors with those of this span replaced."""
+        return agreed if self.is_whole else values.index_copy(0, self.index, agreed)
 
     def own(self, norms: Tensor, i: int | None = None) -> Tensor:
         """Return what this rank adds for tensor i, or for all tensors: nothing where it has a copy.
@@ -155,18 +176,20 @@ class Span:
         keep = norms.isnan() if i is not None else norms.isnan() | ~self._is_copy
         return torch.where(keep, norms, 0.0)
 
-    def join(self, norms: list[Tensor], ride: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return norms over all ranks, and the sum of what rides along, in one reduction."""
-        squares = torch.cat(norms).square()
-        summed = all_reduce(torch.cat([squares, ride]), "sum", self.groups)
-        total, ridden = summed.split([squares.numel(), ride.numel()])
-        return list(total.sqrt().split([norm.numel() for norm in norms])), ridden
+    def join(self, norms: list[Tensor], *riders: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return norms over all ranks, and the sums of what rides along, in one reduction."""
+        squares = (norms[0] if len(norms) == 1 else torch.cat(norms)).square()
+        parts = [squares, *riders]
+        summed = _reduced_(torch.cat(parts), "sum", self.groups)
+        total, *ridden = summed.split([part.numel() for part in parts])
+        whole = total.sqrt()
+        return [*(whole.split([norm.numel() for norm in norms]) if norms[1:] else [whole])], ridden
 
     def largest(self, values: Tensor) -> Tensor:
         """Return the largest value on any rank, NaN where one is NaN, in one reduction."""
         # gloo and NCCL do not agree on the maximum of a number and NaN.
         marked = torch.cat([values.nan_to_num(0.0, posinf=torch.inf), values.isnan().float()])
-        most, is_nan = all_reduce(marked, "max", self.groups).chunk(2)
+        most, is_nan = _reduced_(marked, "max", self.groups).chunk(2)
         return torch.where(is_nan > 0, torch.nan, most)
 
 
