@@ -39,12 +39,10 @@ class _Held(nn.Module):
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.randn(shape, generator=generator) for shape in shapes(workload)]
         self.weights = nn.ParameterList(nn.Parameter(weight * 0.02) for weight in drawn)
-        self._scale = NORM / sum(weight.numel() for weight in drawn) ** 0.5 / 0.02
+        self._half: float = NORM / sum(weight.numel() for weight in drawn) ** 0.5 / 0.04
 
     def forward(self) -> Tensor:
-        return torch.stack([weight.square().sum() for weight in self.weights]).sum() * (
-            self._scale / 2
-        )
+        return torch.stack([weight.square().sum() for weight in self.weights]).sum() * self._half
 
 
 def sharded(workload: Workload) -> list[nn.Parameter]:

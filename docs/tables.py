@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import TYPE_CHECKING, Any
 
 import stablekit
+import stablekit_layers
 from stablekit import hookspecs
 from stablekit.hookspecs import HOOKS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _PACKAGES = (
     "stablekit_clipping",
     "stablekit_recovery",
     "stablekit_monitors",
     "stablekit_updates",
+    "stablekit_logits",
 )
 
 
@@ -34,13 +40,24 @@ def _package_table(package: str, infos: list[stablekit.PluginInfo]) -> str:
 
 
 def _plugin_row(info: stablekit.PluginInfo) -> str:
-    arguments = ", ".join(
+    cost = getattr(_class_of(info.entry_point), "cost", "")
+    return f"| `{info.name}`<br>`{_arguments(info.parameters)}` | {info.summary} | {cost} |"
+
+
+def _arguments(parameters: Mapping[str, Any]) -> str:
+    return ", ".join(
         key if default is inspect.Parameter.empty else f"{key}={default!r}"
-        for key, default in info.parameters.items()
+        for key, default in parameters.items()
         if key != "name"
     )
-    cost = getattr(_class_of(info.entry_point), "cost", "")
-    return f"| `{info.name}`<br>`{arguments}` | {info.summary} | {cost} |"
+
+
+def surgery_table() -> str:
+    """Return one row a surgery of the catalogue."""
+    rows = ["| surgery | what it does |", "| --- | --- |"]
+    for info in stablekit_layers.available().values():
+        rows.append(f"| `{info.name}`<br>`{_arguments(info.parameters)}` | {info.summary} |")
+    return "\n".join(rows) + "\n"
 
 
 def hook_table() -> str:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from stablekit._session import Session
 
 SECONDS = 120.0
-"""How long to wait for ranks that do not come."""
+"""How long to wait for ranks that do not come, where norms are shared with them."""
+
+SECONDS_ALONE = 10.0
+"""Likewise where nothing is, so that a session on some ranks only is not held up for long."""
 
 _NAMED = 8
 _DIGITS = 16
@@ -46,9 +49,11 @@ def agree(session: Session, layout: Layout) -> bool:
     is_whole = not layout.ranks and not session.reduce_groups
     meeting = _Meeting(dist.distributed_c10d._get_default_store())
     meeting.come(facts_of(session, layout), has_loss=session.has_losses)
-    missing = meeting.wait()
+    seconds = SECONDS_ALONE if is_whole else SECONDS
+    missing = meeting.wait(seconds)
     if missing:
-        _report_missing(missing, is_fatal=not is_whole and not sharing.isdisjoint(missing))
+        is_fatal = not is_whole and not sharing.isdisjoint(missing)
+        _report_missing(missing, seconds, is_fatal=is_fatal)
     if meeting.all_alike:
         return meeting.someone_has_a_loss
     differences, strangers = meeting.differences(sharing)
@@ -124,11 +129,11 @@ class _Meeting:
         if store.add(f"{room}/arrived", 1) == world_size():
             store.set(f"{room}/complete", "yes")
 
-    def wait(self) -> list[int]:
-        """Wait for all ranks; return those that did not come."""
+    def wait(self, seconds: float) -> list[int]:
+        """Wait so long for all ranks; return those that did not come."""
         store, room = self._store, self._room
         try:
-            store.wait([f"{room}/complete"], timedelta(seconds=SECONDS))
+            store.wait([f"{room}/complete"], timedelta(seconds=seconds))
         except RuntimeError:
             # A time-out; a store that is broken raises again here.
             ranks = range(world_size())
@@ -203,10 +208,10 @@ def _listed(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
-def _report_missing(missing: list[int], *, is_fatal: bool) -> None:
+def _report_missing(missing: list[int], seconds: float, *, is_fatal: bool) -> None:
     who = (
         f"{_listed(missing)} of {world_size()} did not reach the first step of this session within"
-        f" {SECONDS:.0f} s"
+        f" {seconds:.0f} s"
     )
     if is_fatal:
         raise AttachError(

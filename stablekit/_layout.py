@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -43,7 +44,6 @@ class Layout:
         self.device = params[0].device if params else torch.device("cpu")
         self.everywhere = tuple(range(len(params)))
         self.everyone = torch.ones(len(params), dtype=torch.bool, device=self.device)
-        self.ones = self.everyone.float()
         self.true = torch.ones((), dtype=torch.bool, device=self.device)
         self.quiet = torch.zeros(4, device=self.device)
         self.on_mesh = frozenset(i for i, param in enumerate(params) if is_dtensor(param))
@@ -61,6 +61,11 @@ class Layout:
         if self._shapes is None:
             self._shapes = Shapes(parts)
         return self._shapes
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """What every tensor with a gradient adds to the count of them; asked for if any is cut."""
+        return self.everyone.float()
 
     @property
     def world_span(self) -> Span | None:

@@ -129,9 +129,8 @@ class Ledger:
         """Return the norms of these tensors' output units with what is pending applied."""
         if missing := [i for i in positions if i not in self._units]:
             self._units.update(self.memory.read(units=missing).units)
-        if self.factor is None and not self.unit_factors:
-            return [self._units[i] for i in positions]
-        return [applied(self._scaled_units(i), self._factor_of(i)) for i in positions]
+        scaled = zip(positions, self._scaled_units(positions), strict=True)
+        return [applied(units, self._factor_of(i)) for i, units in scaled]
 
     def weight_unit_norms(self, positions: Sequence[int]) -> list[Tensor]:
         """Return the norms of these parameters' own output units."""
@@ -223,13 +222,20 @@ class Ledger:
         """Renew norms of tensors whose unit norms are known, without reading memory."""
         known = tuple(sorted(positions))
         if known:
-            units = [self._scaled_units(i) for i in known]
-            norms = _norms.joined_norms(units, self.layout.device)
+            norms = _norms.joined_norms(self._scaled_units(known), self.layout.device)
             self._base = self._base.index_copy(0, self.layout.subset(known), norms)
             self._stale.difference_update(known)
 
-    def _scaled_units(self, i: int) -> Tensor:
-        return applied(self._units[i], self.unit_factors.get(i))
+    def _scaled_units(self, positions: Sequence[int]) -> list[Tensor]:
+        """Return unit norms times what is pending for each unit, multiplied all at once."""
+        norms = {i: self._units[i] for i in positions}
+        acting = [i for i in norms if i in self.unit_factors]
+        if acting:
+            whole = torch.cat([norms[i] for i in acting])
+            scaled = applied(whole, torch.cat([self.unit_factors[i] for i in acting]))
+            sizes = [norms[i].numel() for i in acting]
+            norms.update(zip(acting, scaled.split(sizes), strict=True))
+        return [norms[i] for i in positions]
 
     def _factor_of(self, i: int) -> Tensor | None:
         return self.factor if self.factor is None or self.factor.ndim == 0 else self.factor[i]

@@ -97,7 +97,7 @@ class Memory:
         values = [self._peak(i, unit_factors).to(self.layout.device) for i in self.held]
         peaks = self._spread(torch.stack(values) if values else None, self.held)
         for span in self.layout.spans:
-            peaks = peaks.index_copy(0, span.index, span.largest(peaks[span.index]))
+            peaks = span.put(peaks, span.largest(span.of(peaks)))
         return peaks
 
     def leave(self) -> None:
@@ -178,8 +178,8 @@ class Memory:
         """Replace what this rank found of its parts by what all ranks found together."""
         tables = (dict(found.units), dict(found.weights))
         slots = [(table, i) for table in tables for i in table if i in span.members]
-        norms = [span.own(found.norms if span.is_whole else found.norms[span.index])]
-        norms += [span.own(table[i], i) for table, i in slots]
+        units = span.own_units([table[i] for table, i in slots], [i for _, i in slots])
+        norms = [span.own(span.of(found.norms)), *units]
         riders = self._riders(span, found) if first else []
         (agreed, *more), ridden = span.join(norms, *riders)
         for (table, i), whole in zip(slots, more, strict=True):
@@ -194,9 +194,8 @@ class Memory:
         """Return what is to be summed besides norms: who has a gradient, and what rides along."""
         if span.outside and len(self.ride):
             self._warn(span, found)
-        present = self.present if span.is_whole else self.present[span.index]
         is_everyone = self.present is self.layout.everyone and span.is_whole
-        flags = self.layout.ones if is_everyone else present.float()
+        flags = self.layout.ones if is_everyone else span.of(self.present).float()
         return [flags, self.ride if span.is_world else self.ride[:2]]
 
     def _warn(self, span: Span, found: Reading) -> None:

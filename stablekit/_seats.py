@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, final
 
 import pluggy
 
 from stablekit import hookspecs
-from stablekit.errors import AttachError, HookError, PluginError, StablekitError
+from stablekit.errors import (
+    AttachError,
+    HookError,
+    PluginError,
+    StablekitError,
+    StablekitWarning,
+)
 from stablekit.hookspecs import HOOKS, Plugin, hooks_of
 from stablekit.step import Step
 
@@ -30,18 +37,37 @@ class Seat:
 
     def __init__(self, plugin: Plugin, selection: Selection | None) -> None:
         """Take in a plugin, after pluggy has checked its hooks."""
-        _check_hooks(plugin)
+        check_hooks(plugin)
+        if selection is not None and "loss" in getattr(plugin, "needs", ()):
+            raise AttachError(
+                f"{plugin.name!r} changes the loss, which all parameters share: it cannot be"
+                f" restricted to some with {selection!r}"
+            )
         self.plugin = plugin
         self.name = plugin.name
         self.selection = selection
         self.hooks = hooks_of(plugin)
         self.number = 0
+        self.is_told = False
         for hook in self.hooks:
             setattr(self, hook, self._entry(hook))
 
     def chosen(self, layout: Layout) -> tuple[int, ...] | None:
         """Return the positions the plugin is restricted to, None for all."""
         return None if self.selection is None else self.selection.positions(layout)
+
+    def take_back(self, session: object) -> None:
+        """Fire ``on_detach`` if ``on_attach`` was called, whether or not it came to its end."""
+        if not self.is_told or "on_detach" not in self.hooks:
+            return
+        try:
+            self._entry("on_detach")(session=session)
+        except StablekitError as error:
+            warnings.warn(
+                f"{self.name!r} could not take back what it did at attach: {error}",
+                StablekitWarning,
+                stacklevel=2,
+            )
 
     def _view(self, moment: Round) -> Step:
         named = self.selection is not None and self.selection.include is not None
@@ -71,8 +97,14 @@ class Seat:
             moment = step._round
             run(event=event, step=self._view(moment))
 
+        def attach_hook(session: object) -> None:
+            self.is_told = True
+            run(session=session)
+
         if hook == "on_event":
             return event_hook
+        if hook == "on_attach":
+            return attach_hook
         return step_hook if hook in _STEP_HOOKS else run
 
 
@@ -129,8 +161,13 @@ class Seats:
             function(moment)
 
     def attached(self, session: object) -> None:
-        """Fire ``on_attach``."""
-        self._tell("on_attach", session=session)
+        """Fire ``on_attach``; if one raises, what it and those before it did is taken back."""
+        try:
+            self._tell("on_attach", session=session)
+        except BaseException:
+            for seat in self._seats:
+                seat.take_back(session)
+            raise
 
     def detached(self, session: object) -> None:
         """Fire ``on_detach``."""
@@ -164,8 +201,12 @@ class Seats:
         }
 
 
-def _check_hooks(plugin: Plugin) -> None:
-    """Have pluggy verify names and arguments of a plugin's hooks."""
+def check_hooks(plugin: Plugin) -> None:
+    """Have pluggy verify names and arguments of a plugin's hooks.
+
+    Raises:
+        HookError: One is misspelt, unmarked or malformed.
+    """
     unmarked = [
         name
         for name in HOOKS

@@ -112,7 +112,7 @@ class Session:
     def _wire_up(self) -> None:
         if self.model is not None:
             self._check_model(self.model)
-            self._handles.append(self.model.register_forward_hook(self._overhear))
+            self._handles.append(self.model.register_forward_hook(_Ear(self)))
         self._wires = [Wire(self._pace, optimizer) for optimizer in self.optimizers]
         self._handles += _state.register(self)
         self.seats.attached(self)
@@ -423,10 +423,23 @@ class Session:
                 stacklevel=4,
             )
 
-    def _overhear(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401 - any model output
+
+@final
+class _Ear:
+    """The hook that hears a model's loss; in a copied model, which is not trained, it is deaf."""
+
+    def __init__(self, session: Session | None = None) -> None:
+        self.session = session
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401 - any model output
         loss = getattr(output, "loss", None)
-        if module.training and isinstance(loss, Tensor) and loss.requires_grad:
-            self.saw_loss(loss)
+        if self.session is None or not module.training or not isinstance(loss, Tensor):
+            return
+        if loss.requires_grad:
+            self.session.saw_loss(loss)
+
+    def __reduce__(self) -> tuple[type[_Ear], tuple[()]]:
+        return _Ear, ()
 
 
 def _scalar(loss: Tensor | float) -> Tensor:

@@ -160,21 +160,33 @@ class Span:
         self.is_world: bool = mesh.size() == world_size()
         copies = [is_copy(params[i]) for i in positions]
         self._copies = {i for i, is_one in zip(positions, copies, strict=True) if is_one}
-        self._is_copy = torch.tensor(copies, device=home)
+        self._is_own = torch.tensor([not one for one in copies], device=home)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return those of this span among values of all tensors."""
+        return values if self.is_whole else values[self.index]
 
     def put(self, values: Tensor, agreed: Tensor) -> Tensor:
         """Return values of all tensors with those of this span replaced."""
         return agreed if self.is_whole else values.index_copy(0, self.index, agreed)
 
-    def own(self, norms: Tensor, i: int | None = None) -> Tensor:
-        """Return what this rank adds for tensor i, or for all tensors: nothing where it has a copy.
+    def own(self, norms: Tensor) -> Tensor:
+        """Return what this rank adds for all tensors: nothing where it has a copy.
 
         A NaN counts anyway, so that one in any copy reaches every rank.
         """
-        if not self._copies or (i is not None and i not in self._copies):
-            return norms
-        keep = norms.isnan() if i is not None else norms.isnan() | ~self._is_copy
-        return torch.where(keep, norms, 0.0)
+        return torch.where(norms.isnan() | self._is_own, norms, 0.0) if self._copies else norms
+
+    def own_units(self, norms: Sequence[Tensor], positions: Sequence[int]) -> list[Tensor]:
+        """Return what this rank adds for the units of each tensor, of copies as :meth:`own`."""
+        added = list(norms)
+        copied = [k for k, i in enumerate(positions) if i in self._copies]
+        if copied:
+            whole = torch.cat([added[k] for k in copied])
+            kept = torch.where(whole.isnan(), whole, 0.0).split([len(added[k]) for k in copied])
+            for k, part in zip(copied, kept, strict=True):
+                added[k] = part
+        return added
 
     def join(self, norms: list[Tensor], *riders: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return norms over all ranks, and the sums of what rides along, in one reduction."""

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stablekit._selection import Restricted, Selection
+from stablekit.arguments import parse
 from stablekit.catalogue import PRESETS, create
 from stablekit.hookspecs import Plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_WORDS = {
-    "true": True,
-    "false": False,
-    "none": None,
-    "null": None,
-    "inf": float("inf"),
-    "nan": float("nan"),
-}
 _SELECTION = ("include", "exclude", "groups")
 
 
@@ -32,23 +24,6 @@ def resolve(specs: Iterable[Any]) -> list[tuple[Plugin, Selection | None]]:
         ValueError: A string or mapping is malformed, or a name is unknown.
     """
     return [pair for spec in specs for pair in _resolve(spec)]
-
-
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``"name:key=value,key=value"`` into the name and its keyword arguments.
-
-    Example:
-        >>> parse("zclip:z_thresh=3.0,mode=percentile,max_grad_norm=none")
-        ('zclip', {'z_thresh': 3.0, 'mode': 'percentile', 'max_grad_norm': None})
-    """
-    name, _, rest = text.partition(":")
-    arguments = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"expected key=value after {name + ':'!r}, got {item!r} in {text!r}")
-        arguments[key.strip()] = _value(value.strip())
-    return name.strip(), arguments
 
 
 def _resolve(spec: Any) -> Iterator[tuple[Plugin, Selection | None]]:  # noqa: ANN401 - see the forms
@@ -95,12 +70,3 @@ def _from_mapping(spec: Mapping[Any, Any]) -> tuple[Plugin, Selection | None]:
     chosen = {key: arguments.pop(key) for key in _SELECTION if key in arguments}
     selection = Selection(*(chosen.get(key) for key in _SELECTION)) if chosen else None
     return create(name, **arguments), selection
-
-
-def _value(text: str) -> Any:  # noqa: ANN401 - any plain value
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -1,15 +1,25 @@
-"""Checks of constructor arguments, so that every plugin refuses a bad value in the same words."""
+"""Constructor arguments: read from text, and checked in the same words by every plugin."""
 
 from __future__ import annotations
 
+import ast
 import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["choice", "flag", "fraction", "number", "one_of", "plugin_name", "whole"]
+__all__ = ["choice", "flag", "fraction", "number", "one_of", "parse", "plugin_name", "whole"]
+
+_WORDS = {
+    "true": True,
+    "false": False,
+    "none": None,
+    "null": None,
+    "inf": float("inf"),
+    "nan": float("nan"),
+}
 
 
 def number(
@@ -147,6 +157,26 @@ def plugin_name(name: str | None, default: str) -> str:
     return name
 
 
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``"name:key=value,key=value"`` into the name and its keyword arguments.
+
+    Raises:
+        ValueError: A part is not ``key=value``.
+
+    Example:
+        >>> parse("zclip:z_thresh=3.0,mode=percentile,max_grad_norm=none")
+        ('zclip', {'z_thresh': 3.0, 'mode': 'percentile', 'max_grad_norm': None})
+    """
+    name, _, rest = text.partition(":")
+    arguments = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"expected key=value after {name + ':'!r}, got {item!r} in {text!r}")
+        arguments[key.strip()] = _value(value.strip())
+    return name.strip(), arguments
+
+
 def _real(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -154,3 +184,12 @@ def _real(name: str, value: float) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - any plain value
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

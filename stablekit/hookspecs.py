@@ -82,9 +82,11 @@ class Plugin(Protocol):
     * ``"amaxes"``: the largest element of each tensor;
     * ``"elements"``: gradients element by element, through ``edit()``;
     * ``"parameters"``: weights or optimizer state, read or written;
-    * ``"model"``: what its modules compute, through hooks of their own.
+    * ``"model"``: what its modules compute, through hooks of their own;
+    * ``"loss"``: the loss or the logits, which it changes. That concerns all parameters, so that
+      the plugin cannot be restricted to some with ``only``.
 
-    The last four cause no read: they tell tools such as ``stablekit replay`` that a record of
+    The last five cause no read: they tell tools such as ``stablekit replay`` that a record of
     norms and losses does not say what the plugin would have done. It may be an attribute of the
     instance where it depends on the arguments.
     """
@@ -95,7 +97,11 @@ class Plugin(Protocol):
 
 @hookspec
 def on_attach(session: Session) -> None:
-    """Fire once, when the plugin's session has been attached to its optimizer."""
+    """Fire once, when the plugin's session has been attached to its optimizer.
+
+    If it raises, nothing is attached: it and the plugins listed before it get ``on_detach``, which
+    must stand an ``on_attach`` that did not come to its end.
+    """
 
 
 @hookspec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, final
 
 from torch import Tensor
@@ -99,12 +100,16 @@ def rewind_(state: Any, to: int = 0, *, when: Flag = True) -> None:  # noqa: ANN
         state["step"] = to
 
 
+_MOST_OPEN = 4096
+"""Skips reach the host after fewer steps than that."""
+
+
 @final
 class Resets:
     """When moments are cleared, and clearing them; ``last`` is the update of the latest reset.
 
-    In device mode a reset is masked on the device, and repeated if its step turns out skipped. A
-    plugin asks :meth:`is_due` in ``before_update`` and again in ``after_update``, and calls what it
+    In device mode a reset is masked on the device, and repeated if its step turns out skipped and
+    no later reset did what it was to do. A plugin asks :meth:`is_due` in ``before_update`` and again in ``after_update``, and calls what it
     needs of the rest; ``last`` belongs in its state.
 
     Example:
@@ -113,16 +118,25 @@ class Resets:
         (500, 0)
     """
 
-    __slots__ = ("_before", "_checked", "_number", "interval", "last", "name")
+    __slots__ = ("_checked", "_known", "_open", "interval", "name")
 
     def __init__(self, interval: int, name: str) -> None:
         """Reset every so many updates, never if 0, on behalf of the plugin of this name."""
         self.interval = interval
         self.name = name
-        self.last = 0
-        self._before = 0
-        self._number = -1
+        self._known = 0
+        self._open: deque[tuple[int, int]] = deque()
         self._checked = False
+
+    @property
+    def last(self) -> int:
+        """The update of the latest reset, 0 before the first."""
+        return self._open[-1][1] if self._open else self._known
+
+    @last.setter
+    def last(self, update: int) -> None:
+        self._known = update
+        self._open.clear()
 
     def is_due(self, step: Step) -> bool:
         """Tell whether this step's update is one that resets; updates count from 1."""
@@ -139,14 +153,14 @@ class Resets:
         """Clear the moments."""
         for state in step.states:
             clear_(state, when=_acts(step))
-        self._before, self.last = self.last, step.updates + 1
-        self._number = step.number
+        self._open.append((step.number, step.updates + 1))
+        if step.session.host or len(self._open) > _MOST_OPEN:
+            self._known = self._open.popleft()[1]
         step.emit("reset", "moments were set to zero", when=_acts(step), moments=_keys(step.states))
 
     def missed(self, step: Step) -> None:
         """Take back the reset of a step that turned out to be skipped."""
-        if step.number == self._number:
-            self.last = self._before
+        self._open = deque(one for one in self._open if one[0] != step.number)
 
     def check(self, step: Step) -> None:
         """Make sure, once an update was made, that there is something to reset.

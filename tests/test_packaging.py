@@ -25,7 +25,9 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="ascii"))
 PROJECT = PYPROJECT["project"]
-ENTRY_POINTS: dict[str, str] = PROJECT["entry-points"]["stablekit.plugins"]
+PLUGINS: dict[str, str] = PROJECT["entry-points"]["stablekit.plugins"]
+SURGERIES: dict[str, str] = PROJECT["entry-points"]["stablekit.surgery"]
+ENTRY_POINTS = {**PLUGINS, **SURGERIES}
 WHEEL_PACKAGES: list[str] = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 PACKAGE_NAMES = sorted(Path(package).name for package in WHEEL_PACKAGES)
 PLUGIN_PACKAGES = sorted(p.name for p in map(Path, WHEEL_PACKAGES) if p.parts[0] == "plugins")
@@ -95,7 +97,9 @@ def test_installed_entry_points_are_those_of_pyproject() -> None:
     installed = distribution("stablekit").entry_points
     plugins = {point.name: point.value for point in installed.select(group="stablekit.plugins")}
     scripts = {point.name: point.value for point in installed.select(group="console_scripts")}
-    assert plugins == ENTRY_POINTS
+    surgeries = {point.name: point.value for point in installed.select(group="stablekit.surgery")}
+    assert plugins == PLUGINS
+    assert surgeries == SURGERIES
     assert scripts == PROJECT["scripts"]
 
 

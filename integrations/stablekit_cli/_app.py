@@ -29,6 +29,7 @@ class WorkloadName(str, Enum):
     """Training jobs of the demo."""
 
     shards = "shards"
+    shards_adamw = "shards-adamw"
     rnn = "rnn"
     digits = "digits"
 
@@ -38,8 +39,9 @@ def demo(
     workload: Annotated[
         WorkloadName,
         typer.Option(
-            help="shards: transformer on Python's own files, some of them compiled; rnn: exploding "
-            "gradients of a character RNN; digits: late loss spikes of Adam."
+            help="shards: transformer on Python's own files, some of them compiled, with SGD or "
+            "(shards-adamw) AdamW; rnn: exploding gradients of a character RNN; digits: late loss "
+            "spikes of Adam."
         ),
     ] = WorkloadName.shards,
     steps: Annotated[
@@ -86,7 +88,7 @@ def demo(
 def plugins(
     json: Annotated[bool, typer.Option("--json", help="As JSON instead of a table.")] = False,
 ) -> None:
-    """List the installed plugins."""
+    """List the installed plugins and surgeries."""
     from stablekit_cli._catalogue import as_json, as_table
 
     if json:
@@ -97,7 +99,7 @@ def plugins(
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a plugin, e.g. zclip.")]) -> None:
-    """Describe one plugin: constructor, defaults, paper, hooks, cost."""
+    """Describe one plugin or surgery: constructor, defaults, paper, hooks, cost."""
     from stablekit_cli._catalogue import UnknownNameError, describe
 
     try:

@@ -33,7 +33,9 @@ def attention_of(
     """
     if query is None or key is None:
         _refuse_latent(model)
-        return known_layers(model)
+        known = known_layers(model)
+        _refuse_normed(known)
+        return known
     made = named_layers(model, query, key, head_dim=head_dim, scale=scale, is_fused=is_fused)
     if layers is None:
         return {layer: layer.query for layer in made}
@@ -64,4 +66,14 @@ def _refuse_latent(model: nn.Module) -> None:
             raise AttachError(
                 f"{name} is multi-head latent attention, whose rotary part must be scaled in"
                 " another way; qk-clip does not support it"
+            )
+
+
+def _refuse_normed(known: dict[AttentionLayer, nn.Module]) -> None:
+    """Refuse norms of queries and keys that take back what is done to a fused projection."""
+    for layer, module in known.items():
+        if layer.is_fused and hasattr(module, "q_norm"):
+            raise AttachError(
+                f"{layer.name} normalises queries and keys after the projection that makes both, so"
+                " that scaling it changes no logit; qk-norm bounds them already"
             )

@@ -265,7 +265,8 @@ class QKClip:
         step.record("max_logit", largest(found, seen))
         clipped = factors < 1
         step.record("clipped", clipped.sum() / sum(layer.heads for layer in held.layers))
-        self._sampling.complain(step, seen, "no attention layer saw a training batch")
+        what, compiles = "no attention layer saw a training batch", self.logits == "bound"
+        self._sampling.complain(step, seen, what, compiles=compiles)
         self._tell(step, held, clipped.any(1), found)
         return factors
 

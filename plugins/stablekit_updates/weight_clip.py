@@ -5,6 +5,8 @@ Arjovsky et al.: Wasserstein GAN (arXiv 1701.07875).
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor
 
 from stablekit import hookimpl
 from stablekit.arguments import number, plugin_name
+from stablekit.errors import StablekitWarning
 from stablekit_updates._weights import held, matrices, report
 
 if TYPE_CHECKING:
     from stablekit import Step
 
 __all__ = ["WeightClip", "clamp_weights_"]
+
+_SAMPLE = 2**16
 
 
 def clamp_weights_(weights: Tensor, limit: Tensor | float) -> Tensor:
@@ -47,6 +52,10 @@ class WeightClip:
     alone unless they are named: ``only(WeightClip(), include="*")`` is the paper's, where every
     parameter of the critic is clamped.
 
+    The default is that of the paper, for a critic that is trained under it from the start. It
+    ruins a transformer: before weights are clamped for the first time there is a warning if in some
+    tensor most of them are larger.
+
     Args:
         limit: the bound on absolute values, above 0.
         name: the plugin's name in the session.
@@ -72,6 +81,12 @@ class WeightClip:
         """Check the limit."""
         self.limit = number("limit", limit, above=0)
         self.name = plugin_name(name, "weight-clip")
+        self._has_looked = False
+
+    @classmethod
+    def example(cls) -> WeightClip:
+        """Return one with a limit that suits usual weights."""
+        return cls(1.0)
 
     @hookimpl
     def after_update(self, step: Step) -> None:
@@ -80,6 +95,36 @@ class WeightClip:
         if not step.session.host:
             limit = torch.where(step.ok, self.limit, torch.inf)
         positions = matrices(step)
+        self._look(step, positions)
         acted = {i: step.ok & False for i in positions}
         acted |= {i: clamp_weights_(data, limit) for i, data in held(step, positions)}
         report(step, acted)
+
+    def _look(self, step: Step, positions: list[int]) -> None:
+        """Have the first weights that are to be clamped compared with the limit."""
+        if self._has_looked:
+            return
+        self._has_looked = True
+        usual = {step.gradients.names[i]: _usual_size(data) for i, data in held(step, positions)}
+        if usual:
+            home = step.gradients.device
+            sizes = torch.stack([size.to(home) for size in usual.values()])
+            step.defer(partial(self._compare, tuple(usual)), sizes)
+
+    def _compare(self, names: tuple[str, ...], sizes: list[float]) -> None:
+        above = {n: size for n, size in zip(names, sizes, strict=True) if size > self.limit}
+        if above:
+            worst = max(above, key=above.__getitem__)
+            warnings.warn(
+                f"{self.name} clamps to {self.limit:g}, but in {len(above)} of {len(names)} tensors"
+                f" most weights are larger: the median |w| of {worst} is {above[worst]:.3g}. They"
+                " are cut down to the limit, which ruins a model that was not made for it",
+                StablekitWarning,
+                stacklevel=2,
+            )
+
+
+def _usual_size(weights: Tensor) -> Tensor:
+    """Return about the median of the absolute values, from at most 131072 of them."""
+    some = weights.reshape(-1)[:: max(1, weights.numel() // _SAMPLE)]
+    return some.abs().float().median()

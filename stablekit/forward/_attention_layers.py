@@ -13,7 +13,14 @@ from stablekit.forward import modules
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["AttentionLayer", "known_layers", "named_layers", "rope_gain", "ropes_in"]
+__all__ = [
+    "AttentionLayer",
+    "known_layers",
+    "named_layers",
+    "refuse_opaque",
+    "rope_gain",
+    "ropes_in",
+]
 
 _SPLIT = frozenset(
     f"{family}Attention"
@@ -70,7 +77,7 @@ def known_layers(model: nn.Module) -> dict[AttentionLayer, nn.Module]:
         AttachError: There is none.
 
     Example:
-        >>> known_layers(nn.MultiheadAttention(4, 2))
+        >>> known_layers(nn.Linear(4, 2))
         Traceback (most recent call last):
             ...
         stablekit.errors.AttachError: no attention layer that is known was found in ...
@@ -79,6 +86,8 @@ def known_layers(model: nn.Module) -> dict[AttentionLayer, nn.Module]:
     found = {_layer(name, module): module for name, module in by_name.items() if _is_known(module)}
     if not found:
         seen = {type(m).__name__ for m in by_name.values() if "Attention" in type(m).__name__}
+        if seen == {nn.MultiheadAttention.__name__}:
+            refuse_opaque(model)
         raise AttachError(
             f"no attention layer that is known was found in {type(model).__name__}; known are those"
             f" of {_FAMILIES} in transformers, here are {', '.join(sorted(seen)) or 'none'}. Name"
@@ -108,7 +117,8 @@ def named_layers(
         is_fused: whether these outputs are queries, keys and values, in this order.
 
     Raises:
-        AttachError: There is none, or not as many of queries as of keys.
+        AttachError: There is none, or not as many of queries as of keys, or it is torch's
+            ``MultiheadAttention``.
 
     Example:
         >>> from torch import nn
@@ -119,6 +129,8 @@ def named_layers(
     """
     queries = modules.matching(model, query, argument="query")
     keys = modules.matching(model, key, argument="key")
+    for name in (*queries, *keys):
+        refuse_opaque(model, name)
     if len(queries) != len(keys):
         raise AttachError(
             f"every module of queries needs one of keys: query={query!r} matches"
@@ -136,6 +148,33 @@ def named_layers(
         )
         for (name, made), other in zip(queries.items(), keys.values(), strict=True)
     ]
+
+
+def refuse_opaque(model: nn.Module, name: str = "") -> None:
+    """Refuse to look into torch's own attention, which shows neither queries nor logits.
+
+    It hands the weights of its projections to one function, in which it is not seen what it calls.
+
+    Args:
+        model: what the module is in.
+        name: of a module that is, is in, or contains such attention; "" for the model.
+
+    Raises:
+        AttachError: It is.
+    """
+    for other, module in modules.named(model).items():
+        is_opaque = getattr(type(module), "forward", None) is nn.MultiheadAttention.forward
+        if is_opaque and (_is_part(other, name) or _is_part(name, other)):
+            raise AttachError(
+                f"{other or 'the model'} is torch's nn.MultiheadAttention, which computes queries,"
+                " keys and logits within one function, where they cannot be seen. Make queries and"
+                " keys with linear layers of their own and call"
+                " torch.nn.functional.scaled_dot_product_attention in the module"
+            )
+
+
+def _is_part(name: str, of: str) -> bool:
+    return not of or name == of or name.startswith(f"{of}.")
 
 
 def _heads(query: nn.Module, head_dim: int | None, *, parts: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stablekit.errors import AttachError
 from stablekit.forward import modules
+from stablekit.forward._attention_layers import refuse_opaque
 from stablekit.forward._scores import Scores
 from stablekit.forward._slots import Slots
 
@@ -62,6 +63,7 @@ class ExactLogits:
         """
         self.names = tuple(layers)
         for name, module in layers.items():
+            refuse_opaque(model, name)
             _refuse_hidden(name, module)
         heads = [1] * len(layers) if heads is None else heads
         peaks, device = max(heads, default=1), modules.device_of(model)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from stablekit.arguments import flag
+from stablekit.forward.modules import is_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from stablekit import Session, Step
 
 __all__ = ["Sampling"]
+
+_COMPILED = (
+    "The model is compiled, and what torch.compile traced before stablekit was attached has no"
+    " hooks: attach before torch.compile, or at least before the first call"
+)
+_ASK = "Is the model that was attached the one that is trained, is it in training mode?"
+_IF_COMPILED = "If it is compiled, attach before torch.compile"
+_NEVER_COMPILED = "Inside torch.compile nothing of this is seen"
 
 
 @final
@@ -81,21 +90,22 @@ class Sampling:
             and not self.session.is_paused
         )
 
-    def complain(self, step: Step, seen: Tensor, what: str) -> None:
+    def complain(self, step: Step, seen: Tensor, what: str, *, compiles: bool = True) -> None:
         """Emit "unseen" in the first sampled step if nothing was there to be looked at.
 
         Args:
             step: a sampled step.
             seen: bool, of any shape; true where something was.
             what: the thing that was not.
+            compiles: whether it would be seen inside ``torch.compile``, attached in time.
         """
         if step.number == self.every:
-            step.emit(
-                "unseen",
-                f"{what} in a training step. Is the model that was attached the one that is"
-                " trained, was it compiled before it was attached, is it in training mode?",
-                when=~seen.any(),
-            )
+            model = step.session.model
+            if model is None or not is_compiled(model):
+                why = f"{_ASK} {_IF_COMPILED if compiles else _NEVER_COMPILED}"
+            else:
+                why = _COMPILED if compiles else _NEVER_COMPILED
+            step.emit("unseen", f"{what} in a training step. {why}", when=~seen.any())
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the step to come is looked at."""

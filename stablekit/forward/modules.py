@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ __all__ = [
     "width_of",
 ]
 
+_NAMED = 5
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
@@ -132,12 +135,21 @@ def matching(model: nn.Module, wanted: str, *, argument: str) -> dict[str, nn.Mo
     modules = named(model)
     found = {name: module for name, module in modules.items() if _matches(name, wanted)}
     if not found:
-        some = ", ".join(list(modules)[1:8])
+        nearest = ", ".join(_nearest(wanted, [name for name in modules if name]))
         raise AttachError(
-            f"{argument}={wanted!r} matches no module of {type(model).__name__}; names are like"
-            f" {some}, and * stands for one part between dots"
+            f"{argument}={wanted!r} matches no module of {type(model).__name__}; the nearest names"
+            f" are {nearest or '(none)'}, and * stands for one part between dots"
         )
     return found
+
+
+def _nearest(wanted: str, names: list[str]) -> list[str]:
+    """Return the names most like a pattern, a number in a name being as good as any other."""
+    alike: dict[str, str] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "*", name), name)
+    found = difflib.get_close_matches(wanted, alike, n=_NAMED, cutoff=0.0)
+    return [alike[name] for name in found]
 
 
 def _matches(name: str, wanted: str) -> bool:

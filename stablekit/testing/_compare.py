@@ -8,11 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stablekit._seats import check_hooks
+from stablekit.errors import HookError
+from stablekit.hookspecs import Plugin
+
 
 def require(condition: bool, message: str) -> None:
     """Raise AssertionError with the message unless the condition holds."""
     if not condition:
         raise AssertionError(message)
+
+
+def require_known_hooks(plugin: Plugin) -> None:
+    """Require hooks that exist; the message names the nearest one."""
+    try:
+        check_hooks(plugin)
+    except HookError as error:
+        raise AssertionError(str(error)) from error
 
 
 def require_same(ours: list[Tensor], theirs: list[Tensor], message: str) -> None:

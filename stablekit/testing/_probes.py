@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - the documented way in
 
+import stablekit
 from stablekit.gradients import Gradients
 from stablekit.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from types import FrameType
 
+_NOT_THE_PLUGIN = tuple(f"{Path(str(one.__file__)).parent}{os.sep}" for one in (torch, stablekit))
 _ANNOUNCED: dict[str, tuple[type, str]] = {
     "unit_norms": (Gradients, "unit_norms"),
     "weight_unit_norms": (Gradients, "weight_unit_norms"),
@@ -70,7 +76,7 @@ class FusedAdam(PlainAdam):
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations by which a tensor's value reaches the host."""
+    """Notes where in a plugin the value of a tensor is asked for on the host."""
 
     def __init__(self) -> None:
         """Start with none."""
@@ -85,5 +91,12 @@ class HostReads(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - as torch
         if "_local_scalar_dense" in str(func):
-            self.seen.append(str(func))
+            self.seen.append(_caller(sys._getframe(1)))
         return func(*args, **(kwargs or {}))
+
+
+def _caller(frame: FrameType | None) -> str:
+    """Return file and line of the innermost frame that is neither torch's nor stablekit's."""
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_PLUGIN):
+        frame = frame.f_back
+    return "no line of Python" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
@@ -50,6 +51,28 @@ class NanGuard:
 
 
 @final
+class Network(nn.Sequential):
+    """Two linear layers and, beside them, the module that judges what they put out."""
+
+    def __init__(self) -> None:
+        """Make the module "loss" and the layers "0" to "2", the last of which makes the output."""
+        layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        named = {str(place): layer for place, layer in enumerate(layers)}
+        super().__init__(OrderedDict(loss=nn.CrossEntropyLoss(), **named))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of three classes."""
+        for name, layer in self.named_children():
+            x = x if name == "loss" else layer(x)
+        return x
+
+    def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy."""
+        judged: Tensor = self.get_submodule("loss")(logits, labels)
+        return judged
+
+
+@final
 class TinyRun:
     """A two-layer network on random data, one seed, with faults at the steps that name them.
 
@@ -78,11 +101,12 @@ class TinyRun:
     ) -> None:
         """Build the model and attach the plugins, if there are any."""
         generator = torch.Generator().manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.model = Network()
         for param in self.model.parameters():
             param.data = torch.randn(param.shape, generator=generator) * 0.5
         self.model.to(device=device, dtype=dtype)
         self.data = torch.randn(64, 4, 6, generator=generator).to(device=device, dtype=dtype)
+        self.labels = torch.arange(4, device=device) % 3
         make = optimizer or (lambda params: torch.optim.AdamW(params, lr=0.01))
         self.optimizer = make(self.model.parameters())
         self.faults = {"nan": nan_at, "inf": inf_at, "spike": spike_at, "none": none_at}
@@ -104,7 +128,7 @@ class TinyRun:
     def loss(self) -> Tensor:
         """Return the loss of the current step's batch."""
         output: Tensor = self.model(self.data[self.step % 64])
-        return output.square().mean()
+        return output.square().mean() + self.model.judge(output, self.labels)
 
     def weights(self) -> list[Tensor]:
         """Return copies of the parameters."""

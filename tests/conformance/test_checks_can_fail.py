@@ -9,11 +9,16 @@ import torch
 
 import stablekit
 from stablekit.errors import PluginError
-from stablekit.testing import CHECKS
-from stablekit.testing._checks import check_reads_are_announced
+from stablekit.testing import CHECKS, check_plugin
+from stablekit.testing._checks import (
+    check_device_mode_reads_no_host_value,
+    check_reads_are_announced,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from torch import Tensor
 
     from stablekit import Plugin, Session, Step
 
@@ -274,3 +279,38 @@ def test_every_read_must_be_announced_by_its_name(
     check_reads_are_announced(lambda: Reader(need))
     with pytest.raises(AssertionError, match=f"reader uses {need}: name it in needs"):
         check_reads_are_announced(Reader)
+
+
+def test_a_misspelt_hook_is_told_with_the_nearest_one() -> None:
+    class Misspelt:
+        """Mean to look at gradients."""
+
+        name = "misspelt"
+
+        @stablekit.hookimpl
+        def observe_gradient(self, step: Step) -> None:
+            """Never fire."""
+
+    with pytest.raises(AssertionError, match="observe_gradient is not a hook, did you mean obs"):
+        check_plugin(Misspelt)
+
+
+def test_a_host_read_is_told_with_file_and_line_of_the_plugin() -> None:
+    class Branches:
+        """Read a value with the help of a function."""
+
+        name = "branches"
+
+        @stablekit.hookimpl
+        def on_step_end(self, step: Step) -> None:
+            """Read twice."""
+            for _ in range(2):
+                _is_large(step.gradients.raw_norm())
+
+    line = _is_large.__code__.co_firstlineno + 1
+    with pytest.raises(AssertionError, match=rf"2 host reads .* at {__file__}:{line};"):
+        check_device_mode_reads_no_host_value(Branches)
+
+
+def _is_large(norm: Tensor) -> bool:
+    return bool(norm > 1.0)

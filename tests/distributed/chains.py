@@ -27,6 +27,7 @@ CUT_BY_COLUMNS = ("agc", "clip-value after agc", "quantile-clip of each tensor",
 
 _SKIPS = {"window": 8, "warmup_steps": 4, "max_consecutive": 1}
 _RETURNS = {"every": 1, "keep": 1, "calm": 1, "patience": 2}
+_PARTS_OF_ESCALATION = ("lr-backoff", "rollback", "skip-spikes")
 EAGER: dict[str, Callable[[], dict[str, Any]]] = {
     "spam": lambda: {
         "grad_accu_steps": 2,
@@ -37,6 +38,15 @@ EAGER: dict[str, Callable[[], dict[str, Any]]] = {
     "stable-spam": lambda: {"reset_interval": 4},
     "attention-monitor": lambda: {"every": 1, "query": "query", "key": "key"},
     "qk-clip": lambda: {"threshold": 0.5, "logits": "bound", "query": "query", "key": "key"},
+    "logit-clip": lambda: {"tau": 0.5, "on": ""},
+    "soft-cap": lambda: {"cap": 1.0, "on": ""},
+    "z-loss": lambda: {"weight": 0.1, "on": ""},
+    "error-norm-truncation": lambda: {
+        "fraction": 0.5,
+        "warmup_steps": 1,
+        "divisor": "kept",
+        "on": "loss",
+    },
     "logit-scale-clamp": lambda: {"max_scale": 2.0},
     "skip-spikes": lambda: _SKIPS,
     "rollback": lambda: _RETURNS,
@@ -46,6 +56,9 @@ EAGER: dict[str, Callable[[], dict[str, Any]]] = {
     },
 }
 """Arguments that make a plugin act in as few steps as these runs have."""
+
+WHOLE_ONLY = ("gradient-penalty",)
+"""Plugins that refuse parameters that are sharded; tests of their own train them under DDP."""
 
 SPEAKING = {
     "spike-monitor": "spike",
@@ -126,8 +139,8 @@ def plugin_named(name: str) -> Any:  # noqa: ANN401 - any plugin
 
 @functools.cache
 def catalogue() -> tuple[str, ...]:
-    """Return the names of all plugins, looked up once."""
-    return tuple(stablekit.available())
+    """Return the names of all plugins that take shards, looked up once."""
+    return tuple(name for name in stablekit.available() if name not in WHOLE_ONLY)
 
 
 def clippers() -> list[str]:
@@ -170,7 +183,10 @@ def chains() -> dict[str, Chain]:
             stablekit.create("agc", clipping=0.001, name="again"),
         ],
         CLIPPERS: lambda: [GUARD, *(plugin_named(name) for name in clippers())],
-        EVERYTHING: lambda: [GUARD, *(plugin_named(n) for n in names if n != GUARD)],
+        EVERYTHING: lambda: [
+            GUARD,
+            *(plugin_named(name) for name in names if name not in (GUARD, *_PARTS_OF_ESCALATION)),
+        ],
     }
 
 

@@ -112,7 +112,7 @@ def _first_step(
 
 def _late(rank: int, world: int, *, sharded: bool) -> str:
     said = ""
-    with _patience(0.5):
+    with _patience(alone=0.5, shared=1.0):
         if rank == 0:
             said = _first_step(["zclip"], {}, sharded=sharded and world > 1)
     dist.barrier()
@@ -123,12 +123,13 @@ def _late(rank: int, world: int, *, sharded: bool) -> str:
 
 
 @contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    usual, _agreement.SECONDS = _agreement.SECONDS, seconds
+def _patience(*, alone: float, shared: float) -> Iterator[None]:
+    usual = _agreement.SECONDS_ALONE, _agreement.SECONDS
+    _agreement.SECONDS_ALONE, _agreement.SECONDS = alone, shared
     try:
         yield
     finally:
-        _agreement.SECONDS = usual
+        _agreement.SECONDS_ALONE, _agreement.SECONDS = usual
 
 
 def _params(shapes: list[tuple[int, ...]], *, sharded: bool = False) -> list[nn.Parameter]:

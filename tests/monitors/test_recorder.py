@@ -78,13 +78,16 @@ def test_the_mean_of_the_observed_losses_is_in_the_row(tmp_path: Path, device_mo
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([p], lr=0.1)
     session = stablekit.attach(optimizer, Recorder(tmp_path), device_mode=device_mode)
-    for losses in ((1.0, 3.0), (5.0,), ()):
+    for losses in ((1.0, 3.0), (5.0,), (), (math.nan,)):
         p.grad = torch.ones(2)
         for loss in losses:
             session.observe(loss=loss)
         optimizer.step()
     session.detach()
-    np.testing.assert_array_equal(read_run(tmp_path).scalars["loss"], [2.0, 5.0, math.nan])
+    log = read_run(tmp_path)
+    np.testing.assert_array_equal(log.scalars["loss"], [2.0, 5.0, math.nan, math.nan])
+    assert log.has_loss.tolist() == [True, True, False, True]
+    assert log.scalars.keys() == {"lr", "loss", *session.metrics()}
 
 
 @modes
@@ -118,7 +121,7 @@ def test_a_dry_run_says_what_would_have_been_skipped(tmp_path: Path) -> None:
 def test_a_missing_gradient_is_not_a_zero_one(tmp_path: Path) -> None:
     run = TinyRun(Recorder(tmp_path), none_at=(1,)).go(3)
     assert run.session is not None
-    run.model[2].bias.requires_grad_(False)
+    run.model[-1].bias.requires_grad_(False)
     run.go(1)
     run.session.detach()
     log = read_run(tmp_path)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["CLIP", "GUARD", "NONE", "PRESET", "Arm", "ArmError", "parse_arms", "plugin_name"]
 
@@ -41,6 +41,15 @@ class Arm:
     def slug(self) -> str:
         """The label as the name of a folder."""
         return re.sub(r"[^\w.+=-]+", "-", self.label)
+
+    def fitted(self, keywords: Mapping[str, str]) -> Arm:
+        """Return the arm with keywords put in front of those that the user gave to a plugin.
+
+        Example:
+            >>> Arm("max-norm", ("max-norm:dim=1",)).fitted({"max-norm": "max_norm=2"}).chain
+            ('max-norm:max_norm=2,dim=1',)
+        """
+        return replace(self, chain=tuple(_with(spec, keywords) for spec in self.chain))
 
     def describe(self) -> str:
         """Return what the arm does, for people."""
@@ -111,3 +120,9 @@ def _unknown(name: str, label: str, known: list[str]) -> str:
         f"unknown arm {name!r}{where}{guess} Known: {listed}, with keywords as in "
         "autoclip:percentile=50 and chains joined with +"
     )
+
+
+def _with(spec: str, keywords: Mapping[str, str]) -> str:
+    name, _, own = spec.partition(":")
+    given = [text for text in (keywords.get(name, ""), own) if text]
+    return f"{name}:{','.join(given)}" if given else name

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from stablekit_cli.demo._workload import Workload
+
 __all__ = ["Incident", "Protection", "Reading", "Stopped", "check", "plugin_names", "protect"]
 
 MAX_NORM = 1.0
@@ -183,15 +185,15 @@ def protect(
     return (TorchClip if arm.label == CLIP else Plain)(model, optimizer)
 
 
-def check(arm: Arm) -> None:
-    """Build the arm once on a throw-away parameter, so that a bad keyword is found at once.
+def check(arm: Arm, workload: Workload) -> None:
+    """Build the arm once on a model nobody trains, so that a bad keyword is found at once.
 
     Raises:
         ArmError: stablekit does not accept the arm.
     """
-    model = torch.nn.Linear(1, 1)
+    model = workload.model()
     try:
-        protect(arm, model, torch.optim.SGD(model.parameters(), lr=0.1))
+        protect(arm, model, workload.optimizer(model)).close()
     except (StablekitError, ValueError, TypeError) as error:
         raise ArmError(f"arm {arm.label!r}: {error}") from error
 

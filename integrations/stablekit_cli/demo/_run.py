@@ -49,10 +49,11 @@ def run_demo(
         UsageError: An unknown arm or workload, or data that this machine does not have.
     """
     try:
-        chosen = parse_arms(arms, plugin_names(), guard=guard)
-        for arm in chosen:
-            check(arm)
+        parsed = parse_arms(arms, plugin_names(), guard=guard)
         job = load_workload(workload)
+        chosen = [arm.fitted(job.facts.keywords) for arm in parsed]
+        for arm in chosen:
+            check(arm, job)
     except (ArmError, CorpusError) as error:
         raise UsageError(str(error)) from error
     plan = Plan(job.facts.steps if steps is None else steps, seed)
@@ -76,10 +77,10 @@ def run_demo(
 
 def load_workload(name: str) -> Workload:
     """Build a workload by name; only the chosen one is imported."""
-    if name == "shards":
+    if name in ("shards", "shards-adamw"):
         from stablekit_cli.demo._shards import Shards
 
-        return Shards()
+        return Shards(adam=name == "shards-adamw")
     if name == "rnn":
         from stablekit_cli.demo._rnn import Rnn
 
@@ -88,7 +89,7 @@ def load_workload(name: str) -> Workload:
         from stablekit_cli.demo._digits import Digits
 
         return Digits()
-    raise UsageError(f"unknown workload {name!r}; known: shards, rnn, digits")
+    raise UsageError(f"unknown workload {name!r}; known: shards, shards-adamw, rnn, digits")
 
 
 def _announce(console: Console, facts: Facts, plan: Plan, arms: list[Arm]) -> None:

@@ -24,19 +24,25 @@ BATCH = 16
 class Shards:
     """Every batch reads one file; now and then the file is compiled code, and nobody says so."""
 
-    def __init__(self, corpus: Corpus | None = None) -> None:
+    def __init__(self, corpus: Corpus | None = None, *, adam: bool = False) -> None:
         corpus = freeze() if corpus is None else corpus
+        self._adam = adam
         self.facts = Facts(
-            name="shards",
+            name="shards-adamw" if adam else "shards",
             title=(
                 "byte-level pre-LN transformer (4 layers, width 64, context 64) on Python's own "
-                "files, compiled ones among the sources; SGD lr 0.3, momentum 0.9"
+                "files, compiled ones among the sources; "
+                + ("AdamW lr 0.01" if adam else "SGD lr 0.3, momentum 0.9")
             ),
             data=corpus.describe(),
             unit="nats per byte",
             steps=350,
             settled=1 / 7,
             injected_tensor="blocks.2.up.weight",
+            keywords={
+                "qk-clip": "query=blocks.*.qkv,key=blocks.*.qkv,layers=blocks.*,fused=true",
+                **dict.fromkeys(("soft-cap", "z-loss"), "on=head"),
+            },
         )
         self._files = [to_tensor(file.read()) for file in (*corpus.sources, *corpus.compiled)]
         self._held_out = held_out_windows([file.read() for file in corpus.held_out], CONTEXT)
@@ -46,7 +52,9 @@ class Shards:
         return ByteTransformer(width=64, layers=4, heads=4, context=CONTEXT)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Build SGD with momentum."""
+        """Build SGD with momentum, or AdamW."""
+        if self._adam:
+            return torch.optim.AdamW(model.parameters(), lr=0.01)
         return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
 
     def loss(self, model: nn.Module, order: torch.Generator) -> torch.Tensor:

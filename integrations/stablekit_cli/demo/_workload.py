@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import nn
 
@@ -31,6 +33,8 @@ class Facts:
     """Name of the parameter whose gradient gets the injected NaN."""
     high_loss: float | None = None
     """Training losses above this are counted; None where only the worst is of interest."""
+    keywords: Mapping[str, str] = field(default_factory=dict)
+    """What plugins that look at modules are told of this model, unless the user says otherwise."""
 
 
 class Workload(Protocol):

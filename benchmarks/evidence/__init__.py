@@ -1,0 +1,1 @@
+"""What the methods do on small real data: scripts that print tables."""
