@@ -46,6 +46,36 @@ def test_short_run_writes_chart_figures_and_curves(
     assert len(curves.Scalars("train/loss")) == STEPS
 
 
+def test_plugins_around_model_and_update_run_on_the_transformer(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    arms = [
+        "stable-spam:reset_interval=5",
+        "spam:threshold=1,warmup_steps=2,grad_accu_steps=2",
+        "qk-clip:threshold=0.01",
+        "global-norm:max_norm=100+update-clip:threshold=0.1",
+        "global-norm:max_norm=0.1+z-loss+soft-cap",
+    ]
+    done = run(
+        "demo", "--workload", "shards-adamw", "--steps", 12, "--arms", ",".join(arms),
+        "--out", tmp_path,
+    )  # fmt: skip
+
+    assert done.exit_code == 0, done.output
+    for name in arms:
+        assert any(value > 0 for value in _arms(tmp_path)[name]["history"]["clipped"])
+
+
+def test_arm_that_needs_another_optimizer_says_so_before_anything_is_trained(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = run("demo", "--steps", 10, "--arms", "clip,spam", "--out", tmp_path)
+
+    assert done.exit_code == 2
+    assert "arm 'spam': spam clips against the second moment, and SGD keeps none" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_protected_arm_skips_the_nan_and_the_others_die_of_it(
     run: Callable[..., Result], tmp_path: Path
 ) -> None:

@@ -186,15 +186,19 @@ def protect(
 
 
 def check(arm: Arm, workload: Workload) -> None:
-    """Build the arm once on a model nobody trains, so that a bad keyword is found at once.
+    """Make one step of the arm on a model nobody trains: a bad keyword is found at once.
 
     Raises:
         ArmError: stablekit does not accept the arm.
     """
     model = workload.model()
     try:
-        protect(arm, model, workload.optimizer(model)).close()
-    except (StablekitError, ValueError, TypeError) as error:
+        protection = protect(arm, model, workload.optimizer(model))
+        loss = workload.loss(model, torch.Generator().manual_seed(0))
+        loss.backward()
+        protection.step(loss.detach())
+        protection.close()
+    except (Stopped, StablekitError, ValueError, TypeError) as error:
         raise ArmError(f"arm {arm.label!r}: {error}") from error
 
 
