@@ -34,10 +34,10 @@ TOLERANCE = {
     "payload": (0.0, 0),
     "reads": (0.0, 0),
     "requests": (0.0, 0),
-    "bytes": (0.03, 512),
-    "kernels": (0.10, 3),
+    "bytes": (0.02, 512),
+    "kernels": (0.02, 2),
     "held": (0.10, 256),
-    "temporary": (0.25, 512),
+    "temporary": (0.10, 512),
 }
 """How far the model may be off: a share of what was counted, or so many."""
 

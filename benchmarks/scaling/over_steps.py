@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from benchmarks.scaling.sizes import Held, Mesh
 
 _INDEX = 8
-_PLACES, _PLACES_CUT = 1, 10
-"""Bytes a tensor: whether it has a gradient; if sharded, where it stands and whether in copies."""
+_PLACES, _PLACES_CUT = 1, 14
+"""Bytes a tensor: whether it has a gradient; if sharded, that as a number, where it stands, and
+whether in copies."""
+_ONCE = 25
+"""No overflow, nothing that rides along, and the norm before and after."""
 
 
 def host_reads(
@@ -47,4 +50,4 @@ def kept(members: Sequence[Member], held: Held, mesh: Mesh, letters: int) -> flo
     by_rows = mesh.shard > 1 and any("units" in member.asks for member in members)
     letter = FLOAT * (1 + held.tensors) + sum(member.letter.of(held) for member in members)
     own = sum(member.kept.of(held) for member in members)
-    return places + (_INDEX * held.rows if by_rows else 0) + letters * letter + own
+    return _ONCE + places + (_INDEX * held.rows if by_rows else 0) + letters * letter + own

@@ -59,8 +59,8 @@ def count(rank: int, folder: Path) -> None:
 
 
 def _simulated(planned: Sequence[Case]) -> Iterator[tuple[Counts, float]]:
-    for world, cases in groupby(planned, key=lambda case: case.mesh.ranks):
-        with _group("fake", 0, world, store=FakeStore()):
+    for mesh, cases in groupby(planned, key=lambda case: case.mesh):
+        with _group("fake", mesh.copying_rank, mesh.ranks, store=FakeStore()):
             yield from map(counted, cases)
 
 

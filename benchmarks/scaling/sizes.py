@@ -59,6 +59,16 @@ class Mesh:
         """The ways in which a parameter is placed."""
         return tuple(name for name in self.dims if name != "pipeline")
 
+    @property
+    def copying_rank(self) -> int:
+        """A rank of the first stage and shard that has copies where any has: no rank does more.
+
+        Example:
+            >>> Mesh(replicate=2, shard=4, tensor=8).copying_rank, Mesh(shard=8).copying_rank
+            (39, 0)
+        """
+        return (self.replicate - 1) * self.shard * self.tensor + self.tensor - 1
+
     def __str__(self) -> str:
         """Return the ways in use."""
         return " x ".join(f"{name} {size}" for name, size in self.dims.items()) or "1 rank"

@@ -48,6 +48,11 @@ class Linear:
             self.unit + other.unit,
         )
 
+    def times(self, share: float) -> Linear:
+        """Return a share of it."""
+        values = (self.once, self.tensor, self.vector, self.matrix, self.unit)
+        return Linear(*(share * value for value in values))
+
 
 ZERO = Linear()
 
@@ -68,6 +73,10 @@ class Small:
     def __add__(self, other: Small) -> Small:
         """Return the sum."""
         return Small(self.kernels + other.kernels, self.bytes + other.bytes)
+
+    def times(self, share: float) -> Small:
+        """Return what it costs if it is not done in every step."""
+        return Small(self.kernels.times(share), self.bytes.times(share))
 
 
 NOTHING = Small()
