@@ -109,8 +109,8 @@ class Resets:
     """When moments are cleared, and clearing them; ``last`` is the update of the latest reset.
 
     In device mode a reset is masked on the device, and repeated if its step turns out skipped and
-    no later reset did what it was to do. A plugin asks :meth:`is_due` in ``before_update`` and again in ``after_update``, and calls what it
-    needs of the rest; ``last`` belongs in its state.
+    no later reset did what it was to do. A plugin asks :meth:`is_due` in ``before_update`` and
+    again in ``after_update``, and calls what it needs of the rest; ``last`` belongs in its state.
 
     Example:
         >>> resets = Resets(500, "my-plugin")

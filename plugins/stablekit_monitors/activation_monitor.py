@@ -160,7 +160,8 @@ class ActivationMonitor:
 
     def _judge(self, step: Step, passes: list[Pass]) -> None:
         norm = step.gradients.raw_norm()
-        self._sampling.complain(step, torch.tensor(bool(passes)), "no forward pass was seen")
+        seen, what = torch.tensor(bool(passes)), "no forward pass was seen"
+        self._sampling.complain(step, seen, what, compiles=False)
         is_bad = step.flag(~norm.isfinite())
         if is_bad is False:
             return

@@ -163,7 +163,8 @@ class AttentionMonitor:
             for name, value in zip(self._logits.names, shown, strict=True):
                 step.record(name or "model", value)
             step.record("largest", largest(found, seen))
-            self._sampling.complain(step, seen, "no attention layer saw a training batch")
+            what, compiles = "no attention layer saw a training batch", self.mode == "bound"
+            self._sampling.complain(step, seen, what, compiles=compiles)
         self._sampling.arm(step.number)
 
     @hookimpl

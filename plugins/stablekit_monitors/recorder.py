@@ -15,6 +15,7 @@ from stablekit.arguments import number, plugin_name, whole
 from stablekit_monitors._at_end import at_end_of
 from stablekit_monitors._paths import path_of, with_temporary_folder
 from stablekit_monitors._ranks import writes_here
+from stablekit_monitors._record.chunk import OBSERVED
 from stablekit_monitors._record.recording import Recording
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ class Recorder:
         assert self._recording is not None
         self._recording.follow(step)
         if is_due:
-            self._recording.row(step, {"lr": step.lr, **values})
+            known = {OBSERVED: 1.0} if "loss" in values else {}
+            self._recording.row(step, {"lr": step.lr, **values, **known})
 
     @hookimpl
     def on_event(self, event: Event, step: Step) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from stablekit.errors import StablekitWarning
 from stablekit_monitors._record.chunk import (
+    OBSERVED,
     Bools,
     Chunk,
     Doubles,
@@ -65,6 +66,8 @@ class RunLog:
     """bool ``[T, P]``: whether a tensor had a gradient."""
     ok: Bools
     """bool ``[T]``: false where the step was skipped."""
+    has_loss: Bools
+    """bool ``[T]``: whether a loss was observed, which may have been NaN."""
     stride: Ints
     """int64 ``[T]``: how many steps a row stands for, itself and those left out before it."""
     events: list[Event]
@@ -153,14 +156,17 @@ class RunReader:
         if len(rows.columns) and rows.columns[-1] >= len(names):
             raise ValueError(f"{self.path / HEADER} does not name all tensors that were recorded")
         rows = placed(rows, np.arange(len(names)))
+        scalars: dict[str, Doubles] = dict(zip(rows.keys, rows.scalars.T, strict=True))
+        observed = scalars.pop(OBSERVED, None)
         return RunLog(
             header=self._header,
             names=names,
             steps=rows.steps,
-            scalars=dict(zip(rows.keys, rows.scalars.T, strict=True)),
+            scalars=scalars,
             norms=rows.norms,
             present=rows.present,
             ok=rows.ok,
+            has_loss=_has_loss(scalars.get("loss"), observed, rows.norms),
             stride=rows.stride,
             events=sorted(current_events(self._tail.events), key=lambda event: event.step),
         )
@@ -204,6 +210,19 @@ class RunReader:
         stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         before, self._stamps[path] = self._stamps.get(path), stamp
         return stamp != before
+
+
+def _has_loss(loss: Doubles | None, observed: Doubles | None, norms: Floats) -> Bools:
+    """Tell for each row whether a loss was observed.
+
+    A log that does not say so is from before it was recorded: in it a NaN is taken for a loss where
+    gradients are not finite either.
+    """
+    if loss is None:
+        return np.zeros(len(norms), np.bool_)
+    said = ~np.isfinite(norms).all(axis=1) if observed is None else observed == 1
+    found: Bools = ~np.isnan(loss) | said
+    return found
 
 
 def _readable(path: Path) -> Chunk | None:

@@ -223,6 +223,9 @@ def _alert(
     named = torch.tensor(places, device=values.device)[order]
     named = torch.where(worst > limit, named, -1)
     is_bad = step.ok & (worst[0] > limit)
+    message = f"{message}: {what} above {limit:.4g}"
+    if step.session.host and bool(is_bad):
+        message = f"{message}, {worst[0].item():.4g} in {step.gradients.names[int(named[0])]}"
     step.emit(kind, message, when=is_bad, tensors=named, **{what: worst[0]})
 
 

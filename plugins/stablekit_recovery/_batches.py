@@ -10,6 +10,8 @@ from torch import Tensor
 
 _MOST = 10_000
 _LONG = 1024
+_NAMED = 5
+_SHOWN = 40
 
 
 @final
@@ -56,3 +58,18 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any batch description
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value[:_LONG]]
     return str(value)[:_LONG]
+
+
+def told(batches: list[Any]) -> str:
+    """Say over which batches a run goes back, for a message; nothing if the loop did not tell.
+
+    Example:
+        >>> told([7, 8]), told([])
+        (', over batches 7, 8', '')
+    """
+    if not batches:
+        return ""
+    shown = [str(batch)[:_SHOWN] for batch in batches]
+    if len(shown) > _NAMED:
+        shown[_NAMED - 1 : -1] = ["..."]
+    return f", over batch{'es' if len(batches) > 1 else ''} {', '.join(shown)}"

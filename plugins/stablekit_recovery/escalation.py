@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from stablekit import hookimpl
 from stablekit.arguments import plugin_name, whole
+from stablekit.errors import AttachError
 from stablekit_recovery.lr_backoff import LRBackoff
 from stablekit_recovery.rollback import Rollback
 from stablekit_recovery.skip_spikes import SkipSpikes
@@ -113,7 +114,12 @@ class Escalation:
 
     @hookimpl
     def on_attach(self, session: Session) -> None:
-        """Lower the rates as far as they are lowered."""
+        """Lower the rates as far as they are lowered.
+
+        Raises:
+            AttachError: A part is attached a second time.
+        """
+        self._refuse_doubles(session)
         self.backoff.on_attach(session)
 
     @hookimpl
@@ -167,6 +173,17 @@ class Escalation:
     def go_back(self, state: Mapping[str, Any]) -> None:
         """Continue with the windows of a snapshot; what was done since then stays in mind."""
         self.skip.go_back(_fields("skip", state))
+
+    def _refuse_doubles(self, session: Session) -> None:
+        kinds = {SkipSpikes: "skip", LRBackoff: "backoff", Rollback: "rollback"}
+        for name, plugin in session.plugins.items():
+            part = kinds.get(type(plugin))
+            if part is not None:
+                kind = type(plugin).__name__
+                raise AttachError(
+                    f"{name!r} would act a second time: {self.name} has a {kind} of its own. Leave"
+                    f" it out, or pass yours to Escalation, as in Escalation({part}={kind}(...))"
+                )
 
     def _escalate(self, step: Step) -> None:
         if step.number == self._tried_at:  # both signals stand out

@@ -149,7 +149,7 @@ class LRBackoff:
         else:
             self._low, self._last = max(self.floor, now * self.factor), step.number
             self._total += 1
-            step.emit("lr-backoff", "learning rates are lowered", factor=self._low)
+            step.emit("lr-backoff", _message(now, self._low, step.number), factor=self._low)
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,3 +176,10 @@ class LRBackoff:
     def _apply(self) -> None:
         if self._session is not None:
             self._session.scale_lr(self.current, by=self.name)
+
+
+def _message(before: float, now: float, number: int) -> str:
+    return (
+        f"learning rates are lowered from {before:.4g} to {now:.4g} times those of the schedule at"
+        f" step {number}"
+    )

@@ -13,7 +13,7 @@ from stablekit import Event, hookimpl
 from stablekit.arguments import flag, number, plugin_name, whole
 from stablekit.errors import DivergenceError
 from stablekit.snapshots import is_finite
-from stablekit_recovery._batches import Batches
+from stablekit_recovery._batches import Batches, told
 from stablekit_recovery._health import Health
 from stablekit_recovery._returns import Returns
 from stablekit_recovery._ring import Ring
@@ -46,7 +46,8 @@ class Rollback:
     ``reason`` and ``rollbacks``, how many there were.
 
     A snapshot is taken every ``every`` updates, if the last ``calm`` steps were good and all is
-    finite. The run returns to the newest that is at least ``calm`` steps older than the trouble; if
+    finite; where there is none, as at the start and in a resumed run, after the first good step.
+    The run returns to the newest that is at least ``calm`` steps older than the trouble; if
     that leads into trouble again, to the one before. If the loss is as high as before from the
     first step after a return, then it is the data that changed: the level is accepted (event
     "level-accepted"). The run may return ``max_rollbacks`` times without getting past the point of
@@ -227,10 +228,12 @@ class Rollback:
 
     def _is_due(self, session: Session) -> bool:
         health = self._health
-        is_calm = health.good >= self.calm or (health.good > 0 and health.trouble_at == 0)
-        if session.dry_run or self._judged != session.number or not is_calm:
+        if session.dry_run or self._judged != session.number or not health.good:
             return False
-        return not self._ring or session.updates - self._ring.newest.updates >= self.every
+        if not self._ring:
+            return True
+        is_calm = health.good >= self.calm or health.trouble_at == 0
+        return is_calm and session.updates - self._ring.newest.updates >= self.every
 
     def _reason(self, step: Step, *, is_due: bool) -> str:
         """Return why to go back now, or nothing."""
@@ -280,13 +283,17 @@ class Rollback:
             )
 
     def _tell(self, step: Step, snapshot: Snapshot, updates: int, reason: str) -> None:
-        message = f"back to the state after step {snapshot.number}: {reason}"
+        batches = self._batches.since(snapshot.number)
+        message = (
+            f"back from step {step.number} to the state after step {snapshot.number} (update"
+            f" {updates} to {snapshot.updates}{told(batches)}): {reason}"
+        )
         data: dict[str, Any] = {
             "from_step": step.number,
             "to_step": snapshot.number,
             "from_update": updates,
             "to_update": snapshot.updates,
-            "batches": self._batches.since(snapshot.number),
+            "batches": batches,
             "reason": reason,
             "rollbacks": self._returns.total,
         }

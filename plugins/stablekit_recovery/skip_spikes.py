@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from stablekit import hookimpl
@@ -165,9 +166,7 @@ class SkipSpikes:
         )
         skips = is_broken | (is_spike & may_skip)
         step.skip("the gradients are not finite", when=is_broken)
-        for one in judged:
-            is_cause = (one.is_out | one.is_bad) & skips & invert(is_broken)
-            step.skip(_reason(one), when=is_cause)
+        _ask(step, judged, skips & invert(is_broken))
         learning = step.flag(step.learning) & invert(skips)
         self._taken = [self._take(step, one, is_spike & invert(skips), learning) for one in judged]
         row = where(is_spike, minimum(self._in_a_row + 1, self.max_consecutive), 0)
@@ -250,6 +249,20 @@ class SkipSpikes:
             f"{_NAMES[name]} stands out after {self.max_consecutive} skipped steps: the step is"
             " taken, and the new level accepted"
         )
+
+
+def _ask(step: Step, judged: list[_Judged], skips: Flag) -> None:
+    """Ask once for the skip, whichever of the signals are its cause.
+
+    What they are may be known on the device only, where no message can be put together.
+    """
+    for some in range(1, len(judged) + 1):
+        for causes in combinations(judged, some):
+            names, is_so = {one.name for one in causes}, skips
+            for one in judged:
+                is_cause = one.is_out | one.is_bad
+                is_so = is_so & (is_cause if one.name in names else invert(is_cause))
+            step.skip("; ".join(map(_reason, causes)), when=is_so)
 
 
 def _reason(one: _Judged) -> str:

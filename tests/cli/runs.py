@@ -67,6 +67,7 @@ def made_up_run(
         norms=norms.astype(np.float32),
         present=present,
         ok=ok,
+        has_loss=np.ones(steps, dtype=bool),
         stride=np.ones(steps, dtype=np.int64),
         events=_events(names[culprit], spikes, nan_at) if events is None else list(events),
     )  # fmt: skip

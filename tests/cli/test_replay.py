@@ -161,7 +161,8 @@ def test_a_chain_given_twice_is_refused() -> None:
 
 def test_a_loss_that_was_not_recorded_is_not_taken_for_nan() -> None:
     run = made_up_run(60, ("a", "b", "c", "d"), spikes=(), nan_at=(40,))
-    run.scalars["loss"][:] = np.where(np.arange(60) % 10 == 9, run.scalars["loss"], math.nan)
+    run.has_loss[:] = np.arange(60) % 10 == 9
+    run.scalars["loss"][:] = np.where(run.has_loss, run.scalars["loss"], math.nan)
     run.scalars["loss"][39] = math.nan
     seen: list[float | None] = []
 
@@ -177,6 +178,21 @@ def test_a_loss_that_was_not_recorded_is_not_taken_for_nan() -> None:
     assert [i for i, loss in enumerate(seen) if loss is not None] == [9, 19, 29, 39, 49, 59]
     assert seen[39] is not None
     assert math.isnan(seen[39])
+
+
+def test_a_nan_loss_with_finite_gradients_is_skipped_as_in_the_live_run(tmp_path: Path) -> None:
+    (chain,) = parse_chains(["skip-spikes:window=16,warmup_steps=8"])
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    with stablekit.attach(optimizer, *chain.specs, Recorder(tmp_path)) as session:
+        for step in range(1, 31):
+            param.grad = torch.ones(2)
+            if step % 2:
+                session.observe(loss=math.nan if step == 21 else 1.0)
+            optimizer.step()
+    run = read_run(tmp_path)
+    assert np.flatnonzero(play(run, chain).skipped).tolist() == [20]
+    assert np.flatnonzero(~run.ok).tolist() == [20]
 
 
 def test_scores_are_counted_as_a_loop_would() -> None:

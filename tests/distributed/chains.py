@@ -48,6 +48,7 @@ EAGER: dict[str, Callable[[], dict[str, Any]]] = {
         "on": "loss",
     },
     "logit-scale-clamp": lambda: {"max_scale": 2.0},
+    "weight-clip": lambda: {"limit": 0.34},
     "skip-spikes": lambda: _SKIPS,
     "rollback": lambda: _RETURNS,
     "escalation": lambda: {

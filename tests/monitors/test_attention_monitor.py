@@ -175,10 +175,52 @@ def test_fewer_key_heads_than_query_heads_are_shared_out() -> None:
 
 
 def test_an_unknown_model_is_refused_with_what_to_do() -> None:
-    model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
+    class MyAttention(nn.Linear):
+        """Attention that nobody knows."""
+
+    model = nn.ModuleDict({"attn": MyAttention(4, 2), "other": nn.MultiheadAttention(4, 2)})
     for mode in ("bound", "exact"):
-        with pytest.raises(AttachError, match=r"here are MultiheadAttention.*Name the modules"):
+        expected = r"here are MultiheadAttention, MyAttention.*Name the modules"
+        with pytest.raises(AttachError, match=expected):
             Run(AttentionMonitor(mode=mode), model=model)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"mode": "exact"},
+        {"mode": "exact", "layers": "blocks.*"},
+        {"mode": "exact", "layers": "blocks.*.self_attn"},
+        {"query": "blocks.*.self_attn", "key": "blocks.*.self_attn"},
+        {"query": "blocks.*.linear1", "key": "blocks.*.self_attn.out_proj"},
+    ],
+    ids=str,
+)
+def test_torchs_own_attention_is_refused_for_what_cannot_be_seen_of_it(
+    arguments: dict[str, Any],
+) -> None:
+    block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    with pytest.raises(
+        AttachError, match=r"blocks\.0\.self_attn is torch's nn\.MultiheadAttention"
+    ):
+        Run(AttentionMonitor(**arguments), model=model)
+
+
+def test_attention_of_ones_own_that_inherits_from_torchs_is_looked_at() -> None:
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # its own
+            return nn.functional.scaled_dot_product_attention(x, 2 * x, x)
+
+    model = Attention(2, 1)
+    run = Run(AttentionMonitor(1, mode="exact", layers=""), model=model)
+    assert run.session is not None
+    x = torch.tensor([[[[1.0, 0.0], [0.0, 3.0]]]], requires_grad=True)
+    model(x).sum().backward()
+    run.optimizer.step()
+    largest = run.metrics()["attention-monitor/largest"]
+    assert largest == pytest.approx(18 / 2**0.5, rel=1e-6)
 
 
 def test_queries_without_keys_are_refused() -> None:

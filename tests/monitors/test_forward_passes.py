@@ -199,7 +199,9 @@ def test_a_monitor_that_cannot_look_into_a_compiled_model_says_so(name: str) -> 
     run = Run(MAKERS[name](), model=model)
     run.model = torch.compile(model, backend="eager")
     run.step()
-    assert [event.plugin for event in run.events("unseen")] == [f"{name.split()[-1]}-monitor"]
+    (event,) = run.events("unseen")
+    assert event.plugin == f"{name.split()[-1]}-monitor"
+    assert event.message.endswith("Inside torch.compile nothing of this is seen")
 
 
 @every_monitor
@@ -266,8 +268,34 @@ def group_of_one(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@compiles
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("residual", "attach before torch.compile"),
+        ("attention", "attach before torch.compile"),
+        ("contrastive", "attach before torch.compile"),
+        ("activation", "Inside torch.compile nothing of this is seen"),
+        ("exact attention", "Inside torch.compile nothing of this is seen"),
+    ],
+)
+def test_a_model_compiled_before_it_is_attached_says_so(name: str, advice: str, way: str) -> None:
+    torch._dynamo.reset()
+    bare: Any = Transformer()
+    if way == "in place":
+        bare.compile(backend="eager")
+    model: Any = bare if way == "in place" else torch.compile(bare, backend="eager")
+    backward(model)
+    run = Run(MAKERS[name](), model=model)
+    run.step()
+    (event,) = run.events("unseen")
+    assert advice in event.message
+    assert "training mode" not in event.message
+
+
 def test_a_name_that_matches_nothing_is_an_error_that_shows_names() -> None:
-    with pytest.raises(AttachError, match=r"blocks='layers\.\*'.*names are like embed, blocks"):
+    with pytest.raises(AttachError, match=r"blocks='layers\.\*'.*nearest names are blocks"):
         Run(ResidualMonitor(blocks="layers.*"))
 
 

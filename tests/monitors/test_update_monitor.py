@@ -178,6 +178,7 @@ def test_alarms_name_the_worst_tensors_first() -> None:
     (event,) = run.events("stale-moments")
     assert (event.step, event.tensors) == (2, ("c", "b"))
     assert event.data["rms"] == pytest.approx(own(run.metrics())["rms_largest"])
+    assert event.message.endswith(f"rms above 1.2, {event.data['rms']:.4g} in c")
     assert run.events("large-update") == []
     run.optimizer.param_groups[0]["lr"] = 0.1
     before = {key: param.detach().clone() for key, param in model.items()}

@@ -14,6 +14,8 @@ from stablekit_recovery import NonFiniteGuard
 
 STAYS_LOWERED = "lr-backoff"
 """Keeps rates lowered for what comes again; tests/recovery/test_escalation.py."""
+DRAWS_ANEW = "gradient-penalty"
+"""Draws random points by the number of the step, which goes on as random numbers do."""
 NUMBERS_STEPS = "spike-monitor"
 """Has numbers of steps in its state, which go on."""
 FAULTS: dict[str, Any] = {"spike_at": (4, 9, 31), "nan_at": (2, 32), "none_at": (3, 30)}
@@ -39,7 +41,9 @@ def learned(run: TinyRun) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("device_mode", [False, True], ids=["host", "device"])
-@pytest.mark.parametrize("name", [n for n in stablekit.available() if n != STAYS_LOWERED])
+@pytest.mark.parametrize(
+    "name", [n for n in stablekit.available() if n not in {STAYS_LOWERED, DRAWS_ANEW}]
+)
 def test_a_run_that_went_back_goes_on_as_one_that_never_went(name: str, device_mode: bool) -> None:
     run = run_of(name, device_mode=device_mode).go(6)
     assert run.session is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stablekit
-from stablekit.errors import DivergenceError
+from stablekit.errors import AttachError, DivergenceError
 from stablekit.testing import CHECKS
 from stablekit_recovery import Escalation, LRBackoff, Rollback, SkipSpikes
 from tests.recovery.stream import Stream
@@ -68,6 +68,20 @@ def test_a_rate_lowered_in_vain_leads_back_to_a_snapshot(options: dict[str, Any]
     assert event.data["to_step"] <= 40
     assert run.kinds().count("lr-backoff") == 3
     assert 0.125 < run.session.lr_factors["escalation"] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [
+        (SkipSpikes(name="mine"), r"Escalation\(skip=SkipSpikes"),
+        (LRBackoff(), r"Escalation\(backoff=LRBackoff"),
+        (Rollback(), r"Escalation\(rollback=Rollback"),
+    ],
+)
+def test_a_part_attached_a_second_time_is_refused(other: stablekit.Plugin, part: str) -> None:
+    for chain in ([other, escalation()], [escalation(), other]):
+        with pytest.raises(AttachError, match=f"{other.name}.*{part}"):
+            Stream(*chain)
 
 
 def test_the_windows_go_back_with_the_run() -> None:

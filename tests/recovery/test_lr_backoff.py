@@ -79,6 +79,15 @@ def test_trouble_again_lowers_further_down_to_the_floor() -> None:
     assert [e.data["factor"] for e in run.events("lr-backoff")] == pytest.approx([0.25, 0.1, 0.1])
 
 
+def test_the_event_says_from_what_to_what_rates_are_lowered_and_when() -> None:
+    run = Stream(Trouble([1, 2]), LRBackoff(0.5, recovery=2, cooldown=0))
+    run.go([1.0, 1.0])
+    assert [event.message for event in run.events("lr-backoff")] == [
+        "learning rates are lowered from 1 to 0.5 times those of the schedule at step 1",
+        "learning rates are lowered from 0.75 to 0.375 times those of the schedule at step 2",
+    ]
+
+
 def test_within_the_cooldown_trouble_only_makes_recovery_start_over() -> None:
     run = Stream(Trouble([1, 3]), LRBackoff(0.5, recovery=4, cooldown=2))
     assert factors(run, 7) == pytest.approx([0.5, 0.625, 0.75, 0.8125, 0.875, 0.9375, 1.0])

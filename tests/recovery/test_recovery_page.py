@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import stablekit_recovery
 from stablekit_recovery import Escalation, LRBackoff, NonFiniteGuard, Rollback, SkipSpikes
 
@@ -13,12 +15,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "recovery.md").read_text(encoding="
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-def test_all_blocks_run_one_after_the_other() -> None:
-    namespace: dict[str, Any] = {"__name__": "page"}
-    for number, block in enumerate(BLOCKS):
-        exec(compile(block, f"recovery.md, block {number}", "exec"), namespace)
-    assert namespace["session"].number == 20
+@pytest.mark.parametrize("number", range(4))
+def test_every_block_runs_by_itself(number: int) -> None:
     assert len(BLOCKS) == 4
+    namespace: dict[str, Any] = {"__name__": "page"}
+    exec(compile(BLOCKS[number], f"recovery.md, block {number}", "exec"), namespace)
+    if number == 0:
+        assert namespace["session"].number == 20
 
 
 def test_every_plugin_of_the_package_is_in_the_first_table() -> None:

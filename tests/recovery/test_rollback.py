@@ -250,6 +250,32 @@ def test_no_snapshot_is_taken_near_trouble_nor_returned_to() -> None:
     assert (event.data["from_step"], event.data["to_step"]) == (23, 16)
 
 
+def test_a_run_resumed_in_the_middle_of_trouble_has_a_snapshot_after_its_first_good_step() -> None:
+    first = Stream("nonfinite-guard", Rollback(4, calm=10, patience=2, window=16))
+    first.losses([*GOOD[:20], 90.0])
+    plugin = Rollback(4, calm=10, patience=2, window=16)
+    second = Stream("nonfinite-guard", plugin)
+    second.param.data.copy_(first.param.data)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    held = []
+    for loss in (2.0, 1.9, 90.0, 90.0):
+        second.step(1.0, loss)
+        held.append(second.session.metrics()["rollback/snapshots"])
+    assert held == [1, 1, 1, 1]
+    (event,) = second.events("rollback")
+    assert (event.data["from_step"], event.data["to_step"]) == (25, 22)
+
+
+@pytest.mark.parametrize("loss", [90.0, math.nan])
+def test_the_first_snapshot_is_not_of_a_step_that_is_judged_bad(loss: float) -> None:
+    first = Stream(Rollback(4, calm=10, patience=9, window=16))
+    first.losses(GOOD[:20])
+    second = Stream(Rollback(4, calm=10, patience=9, window=16))
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.step(1.0, loss)
+    assert second.session.metrics()["rollback/snapshots"] == 0
+
+
 def test_trouble_that_comes_back_leads_to_an_older_snapshot() -> None:
     run = Stream(Rollback(4, keep=3, calm=1, patience=3, window=16, cooldown=0))
     run.losses(GOOD[:30])
@@ -314,6 +340,22 @@ def test_the_callback_hears_of_the_batches_to_leave_out() -> None:
     assert event.plugin == "back"
     rows = [batch["rows"] for batch in event.data["batches"]]
     assert rows == [[k, k + 1] for k in range(event.data["to_step"], 22)]
+
+
+@pytest.mark.parametrize(
+    ("every", "batches"), [(2, "20, 21, 22"), (20, "2, 3, 4, 5, ..., 22"), (0, "")]
+)
+def test_the_message_says_from_where_to_where_and_over_which_batches(
+    every: int, batches: str
+) -> None:
+    run = Stream(Rollback(every or 2, calm=1, patience=2, window=16))
+    for batch, loss in enumerate([*GOOD[:20], 90.0, 90.0], 1):
+        run.step(1.0, loss, batch=batch if every else None)
+    (event,) = run.events("rollback")
+    to = event.data["to_step"]
+    over = f", over batches {batches}" if batches else ""
+    begins = f"back from step 22 to the state after step {to} (update 22 to {to}{over}): 2 steps"
+    assert event.message.startswith(begins)
 
 
 def test_metrics_tell_of_snapshots_their_age_and_returns() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -125,11 +126,24 @@ def test_a_spike_moves_nothing_and_says_which_signal_it_was(options: dict[str, A
     assert not run.step(1.0, 60.0)
     assert not run.step(50.0, 60.0)
     assert run.step(1.0, 3.0)
-    told = [(event.step, event.message.partition(":")[0]) for event in run.events("skip")]
+    told = [(event.step, re.sub(": [^;]*", "", event.message)) for event in run.events("skip")]
     loss, norm = "the loss stands out", "the gradient norm stands out"
-    assert told == [(9, norm), (10, loss), (11, loss), (11, norm)]
+    assert told == [(9, norm), (10, loss), (11, f"{loss}; {norm}")]
     assert (run.session.skipped, run.session.updates) == (3, 9)
     assert run.session.metrics()["skip-spikes/skipped"] == 3
+
+
+def test_a_skip_for_both_signals_has_the_numbers_of_both() -> None:
+    run = Stream(small())
+    for value in WAVE:
+        run.step(value, 2 + value)
+    run.step(50.0, 60.0)
+    (event,) = run.events("skip")
+    assert re.fullmatch(
+        r"the loss stands out: 60, the limit is [\d.]+;"
+        r" the gradient norm stands out: 50, the limit is [\d.]+",
+        event.message,
+    )
 
 
 @modes

@@ -22,6 +22,9 @@ from tests.updates.goldens import golden
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Most tests here are about weights that are far outside.
+pytestmark = pytest.mark.filterwarnings("ignore:weight-clip clamps")
+
 MODES = {"host": False, "device": True}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PROJECTIONS: dict[str, Callable[[], Any]] = {

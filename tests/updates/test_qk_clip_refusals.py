@@ -92,7 +92,12 @@ def test_without_a_model_the_error_says_how_to_give_one() -> None:
 
 
 def test_an_unknown_model_is_refused_with_what_to_do() -> None:
+    class MyAttention(nn.Linear):
+        """Attention that nobody knows."""
+
     with pytest.raises(AttachError, match="Name the modules"):
+        Run(QKClip(), model=nn.ModuleDict({"attn": MyAttention(4, 2)}))
+    with pytest.raises(AttachError, match=r"attn is torch's nn\.MultiheadAttention"):
         Run(QKClip(), model=nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}))
 
 

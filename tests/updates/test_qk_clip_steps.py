@@ -138,4 +138,19 @@ def test_a_model_compiled_later_says_that_nothing_was_seen() -> None:
     run = Run(QKClip(0.05, **EXACT))
     run.model = torch.compile(run.model, backend="eager")
     assert math.isnan(run.step()["qk-clip/max_logit"])
-    assert len(run.events("unseen")) == 1
+    (event,) = run.events("unseen")
+    assert event.message.endswith("Inside torch.compile nothing of this is seen")
+
+
+@compiles
+def test_a_model_compiled_and_called_before_it_is_attached_says_to_attach_first() -> None:
+    torch._dynamo.reset()
+    model = Transformer()
+    compiled: Any = torch.compile(model, backend="eager")
+    backward(compiled)
+    run = Run(QKClip(0.05, **KINDS["bound"]), model=model, attached=compiled)
+    run.model = compiled
+    assert math.isnan(run.step()["qk-clip/max_logit"])
+    (event,) = run.events("unseen")
+    assert "The model is compiled" in event.message
+    assert "attach before torch.compile" in event.message

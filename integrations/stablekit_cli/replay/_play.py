@@ -101,15 +101,11 @@ class _Notes:
 
 
 def _losses(run: RunLog) -> list[float | None]:
-    """Return the losses to observe: NaN where it was NaN, None where none was recorded.
-
-    A log has NaN for both. A NaN loss has NaN gradients, so that finite ones tell the two apart.
-    """
+    """Return the losses to observe: NaN where it was NaN, None where none was observed."""
     if "loss" not in run.scalars:
         return [None] * len(run)
-    is_real = ~np.isnan(run.scalars["loss"]) | ~np.isfinite(run.norms).all(axis=1)
     values: list[float] = run.scalars["loss"].tolist()
-    return [value if real else None for value, real in zip(values, is_real, strict=True)]
+    return [value if seen else None for value, seen in zip(values, run.has_loss, strict=True)]
 
 
 def _rates(run: RunLog) -> list[float]:

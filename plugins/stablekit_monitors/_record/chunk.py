@@ -16,6 +16,9 @@ Bools = NDArray[np.bool_]
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 
+OBSERVED = "loss_observed"
+"""The value of a row that is no metric: 1 where a loss was observed, which may have been NaN."""
+
 # Thinning keeps, besides every second row, the largest of these in each block of so many rows.
 _PEAKS_OF = ("loss", "grad_norm")
 _BLOCK = 32
