@@ -34,7 +34,8 @@ def fold(model: Model, *names: str) -> Model:
         ``from_pretrained`` of its class reads.
 
     Raises:
-        AttachError: One of them cannot be folded, or is not on the model. Nothing was changed.
+        AttachError: One of them cannot be folded, or is not on the model, or the model is sharded.
+            Nothing was changed.
 
     Example:
         >>> import torch
@@ -47,6 +48,11 @@ def fold(model: Model, *names: str) -> Model:
         (['0.weight', '0.bias'], True)
     """
     inner = _marks.bare(model)
+    if any(hasattr(param, "full_tensor") for param in inner.parameters()):
+        raise AttachError(
+            "the parameters of this model are sharded: save it, and fold it after"
+            " stablekit_layers.load"
+        )
     # Gains go into a weight that a layer holds: those that compute weights are folded before them.
     chosen = sorted(_chosen(inner, names), key=lambda one: not hasattr(one, "computes_weights"))
     for surgery in chosen:

@@ -18,9 +18,10 @@ _HALVES = (torch.float16, torch.bfloat16)
 def clip_logits(logits: Tensor, tau: float = 1.0, *, p: float = 2.0, form: str = "paper") -> Tensor:
     """Return logits whose rows have a norm of at most ``tau``; the others are as they were.
 
-    ``z * min(1, tau / ||z||)``. The form "repository" is what the authors' code computes: rows
-    with a norm above ``tau`` get the norm ``1 / tau``, so their norm jumps there unless ``tau`` is
-    1.
+    ``z * min(1, tau / ||z||)``. A class that is masked, at ``-inf`` or the lowest number of the
+    type, is left out of the norm and stays as it is. The form "repository" is what the authors'
+    code computes: rows with a norm above ``tau`` get the norm ``1 / tau``, so their norm jumps
+    there unless ``tau`` is 1.
 
     Args:
         logits: ``[..., classes]``; norms of half precision are taken in float32.
@@ -43,19 +44,30 @@ def clip_logits(logits: Tensor, tau: float = 1.0, *, p: float = 2.0, form: str =
     largest = 1.0 / tau if form == "repository" else tau
     # clamp: what is not chosen must not divide by 0 either. tau / tau is not always 1 in torch.
     factors = torch.where(norms > tau, largest / norms.clamp(min=tau), 1.0)
-    return (wide * factors).to(logits.dtype)
+    masked = _masked(logits)
+    return torch.where(masked, wide, wide.masked_fill(masked, 0.0) * factors).to(logits.dtype)
 
 
 def row_norms(logits: Tensor, p: float) -> Tensor:
     """Return the norm of every row, ``[..., 1]``, that of half precision in float32.
+
+    Masked classes are left out.
 
     Example:
         >>> row_norms(torch.tensor([[3.0, 4.0]]), 2.0)
         tensor([[5.]])
     """
     kind = torch.float32 if logits.dtype in _HALVES else logits.dtype
-    norms: Tensor = torch.linalg.vector_norm(logits, p, dim=-1, keepdim=True, dtype=kind)
-    return norms
+    found = logits.to(kind).masked_fill(_masked(logits), 0.0)
+    unit: Tensor | float = 1.0
+    if 2 < p < math.inf:  # powers of large logits overflow
+        unit = found.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(kind).tiny)
+    norms: Tensor = torch.linalg.vector_norm(found / unit, p, dim=-1, keepdim=True)
+    return norms * unit
+
+
+def _masked(logits: Tensor) -> Tensor:
+    return logits <= torch.finfo(logits.dtype).min / 2
 
 
 def lowest_loss(tau: float, classes: int, *, p: float = 2.0, form: str = "paper") -> float:

@@ -78,9 +78,12 @@ def report(step: Step, acted: Mapping[int, Tensor], units: Mapping[int, int] | N
     if not acted:
         step.record("clipped", 0.0)
         return
-    count = len(step.parameters)
-    roots = [acted[i].float().sqrt().reshape(1) if i in acted else None for i in range(count)]
-    known = torch.tensor(sorted(acted), device=step.gradients.device)
+    home = step.gradients.device
+    found = torch.stack([one.to(home) for one in acted.values()]).float().sqrt()
+    roots: list[Tensor | None] = [None] * len(step.parameters)
+    for i, root in zip(acted, found.split(1), strict=True):
+        roots[i] = root
+    known = torch.tensor(sorted(acted), device=home)
     counts = step.norms_of(roots).square()[known]
     shares = counts > 0 if units is None else counts / counts.new_tensor([units[i] for i in acted])
     step.record("clipped", shares.float().clamp(max=1.0).mean())

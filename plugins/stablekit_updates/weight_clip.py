@@ -34,7 +34,7 @@ def clamp_weights_(weights: Tensor, limit: Tensor | float) -> Tensor:
         (tensor(True), tensor([ 0.5000, -1.0000]))
     """
     low, high = weights.aminmax()
-    outside = (high > limit) | (low < -limit)
+    outside = torch.maximum(-low, high) > limit
     if isinstance(limit, Tensor):
         bound = limit.to(weights.device, weights.dtype)
         torch.clamp(weights, -bound, bound, out=weights)
@@ -96,7 +96,7 @@ class WeightClip:
             limit = torch.where(step.ok, self.limit, torch.inf)
         positions = matrices(step)
         self._look(step, positions)
-        acted = {i: step.ok & False for i in positions}
+        acted = dict.fromkeys(positions, step.ok & False)
         acted |= {i: clamp_weights_(data, limit) for i, data in held(step, positions)}
         report(step, acted)
 

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from stablekit.errors import AttachError
@@ -22,6 +25,7 @@ from stablekit_layers import (
 from tests.layers.models import FAMILIES, llama, logits, shake
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -165,6 +169,24 @@ def test_names_that_are_not_on_the_model_are_refused() -> None:
     model = apply(llama(), ScaledWeightStandardization())
     with pytest.raises(AttachError, match="qk-norm is not on this model; surgeries found: scaled"):
         fold(model, "qk-norm")
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_model_is_refused_and_goes_on_as_it_was() -> None:
+    model = apply(nn.Sequential(nn.Linear(4, 4)), ScaledWeightStandardization())
+    expected = model(torch.ones(2, 4)).detach()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(AttachError, match="sharded"):
+        fold(model)
+    assert torch.allclose(model(torch.ones(2, 4)), expected)
 
 
 def test_model_without_surgeries_is_left_alone() -> None:
