@@ -44,11 +44,11 @@ def agree(session: Session, layout: Layout) -> bool:
         AttachError: They did not, or some never came.
     """
     if world_size() == 1 or dist.get_backend() == "fake":
-        return session.has_losses
+        return bool(session.hearing)
     sharing = layout.ranks | session.reduce_groups.ranks or frozenset(range(world_size()))
     is_whole = not layout.ranks and not session.reduce_groups
     meeting = _Meeting(dist.distributed_c10d._get_default_store())
-    meeting.come(facts_of(session, layout), has_loss=session.has_losses)
+    meeting.come(facts_of(session, layout), has_loss=bool(session.hearing))
     seconds = SECONDS_ALONE if is_whole else SECONDS
     missing = meeting.wait(seconds)
     if missing:

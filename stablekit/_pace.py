@@ -67,14 +67,14 @@ class Pace:
     def again(self) -> Round | None:
         """Treat another evaluation of the closure of the optimizer that is stepping."""
         if self._round is not None:
-            self.session.take_losses()  # a step has the loss of its first evaluation
+            self.session.hearing.take()  # a step has the loss of its first evaluation
             self._round.reevaluate()
             self._note(self._round)
         return self._round
 
     def saw_loss(self, loss: Tensor) -> None:
         """Take the value a closure returned as the loss, unless one was observed explicitly."""
-        self.session.saw_loss(loss, instead=True)
+        self.session.hearing.overhear(loss, instead=True)
 
     def finish(self, optimizer: Optimizer) -> None:
         """Note that an optimizer has stepped; close the round after the last."""

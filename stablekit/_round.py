@@ -46,7 +46,7 @@ class Round:
         self.lent_scale = amp.scale
         self.lent_found_inf: Tensor | None = None
         session.latest.begin()
-        self._losses = session.take_losses()
+        self._losses = session.hearing.take()
         self._loss: Tensor | None = None
         self._has_agreed_loss = False
         self._requests: list[tuple[str, str, Tensor, Tensor | None]] = []

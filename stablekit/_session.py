@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from stablekit import _state
 from stablekit._callers import takes_apart
+from stablekit._hearing import Ear, Hearing
 from stablekit._layout import Layout, layout_of, parameters_of
 from stablekit._mail import Mail
 from stablekit._metrics import Metrics
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from stablekit.step import Step
 
 MAX_EVENTS = 1000
-MAX_LOSSES = 4096
 
 
 @final
@@ -84,9 +83,7 @@ class Session:
         self._layout: Layout | None = None
         self._identity: tuple[int, ...] = ()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self._observed: deque[Tensor] = deque(maxlen=MAX_LOSSES)
-        self._witness: weakref.ref[Tensor] | None = None
-        self._overheard: list[Tensor] = []
+        self.hearing = Hearing(self.optimizers)
         self._batch: Any = None
         self._restored_at = -1
         self._tracked: dict[str, Any] = {}
@@ -112,7 +109,7 @@ class Session:
     def _wire_up(self) -> None:
         if self.model is not None:
             self._check_model(self.model)
-            self._handles.append(self.model.register_forward_hook(_Ear(self)))
+            self._handles.append(self.model.register_forward_hook(Ear(self)))
         self._wires = [Wire(self._pace, optimizer) for optimizer in self.optimizers]
         self._handles += _state.register(self)
         self.seats.attached(self)
@@ -153,8 +150,7 @@ class Session:
         if self.is_paused:
             return
         if loss is not None:
-            self._forget_lost_losses()
-            self._observed.append(_scalar(loss))
+            self.hearing.observe(loss)
         if batch is not None:
             self._batch = batch
 
@@ -327,23 +323,6 @@ class Session:
             self._identity = identity
         return self._layout, params
 
-    def take_losses(self) -> list[Tensor]:
-        """Return the losses seen since the last step; those observed explicitly come first."""
-        losses = list(self._observed) or self._overheard
-        self._observed.clear()
-        self._overheard, self._witness = [], None
-        return losses
-
-    @property
-    def has_losses(self) -> bool:
-        """Whether a loss was seen since the last step."""
-        return bool(self._observed or self._overheard)
-
-    def saw_loss(self, loss: Tensor, *, instead: bool = False) -> None:
-        """Note a loss that nobody passed to :meth:`observe`, perhaps instead of those before."""
-        if loss.numel() == 1 and not self.is_paused:
-            self._overheard = [*([] if instead else self._overheard), _scalar(loss)]
-
     @property
     def is_restored(self) -> bool:
         """Whether a state was loaded since the last step."""
@@ -355,18 +334,6 @@ class Session:
             self.awaits_state = False
             _state.warn_of_missing(stacklevel=8)
         self.number += 1
-
-    def _forget_lost_losses(self) -> None:
-        """Drop losses of a step that never came: a GradScaler does not call the optimizer then.
-
-        The gradients they belong to are gone; those of micro-batches before are still there.
-        """
-        grads = (param.grad for param in parameters_of(self.optimizers))
-        current = next((grad for grad in grads if grad is not None), None)
-        known = self._witness() if self._witness is not None else None
-        if self._observed and self._witness is not None and known is not current:
-            self._observed.clear()
-        self._witness = None if current is None else weakref.ref(current)
 
     def count_skip(self) -> None:
         """Count a skipped step."""
@@ -422,28 +389,3 @@ class Session:
                 NoEffectWarning,
                 stacklevel=4,
             )
-
-
-@final
-class _Ear:
-    """The hook that hears a model's loss; in a copied model, which is not trained, it is deaf."""
-
-    def __init__(self, session: Session | None = None) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401 - any model output
-        loss = getattr(output, "loss", None)
-        if self.session is None or not module.training or not isinstance(loss, Tensor):
-            return
-        if loss.requires_grad:
-            self.session.saw_loss(loss)
-
-    def __reduce__(self) -> tuple[type[_Ear], tuple[()]]:
-        return _Ear, ()
-
-
-def _scalar(loss: Tensor | float) -> Tensor:
-    value = loss.detach().clone() if isinstance(loss, Tensor) else Tensor([loss])
-    if value.numel() != 1:
-        raise ValueError(f"loss must be a scalar, got a tensor of shape {list(value.shape)}")
-    return value.reshape(())
