@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import stablekit
 from stablekit.checkpoint import SessionState
 from stablekit_recovery import NonFiniteGuard
-from tests.state.resumable import VARIANTS, set_gradients, small_model
+from tests.state.resumable import VARIANTS, compute_loss, set_gradients, small_model
 
 WRITERS = 2
 READERS = (1, 4)
@@ -64,7 +64,7 @@ class AppState:
 def begin(name: str, world: int) -> Training:
     model = small_model()
     if world > 1:
-        for layer in (model[0], model[2], model):  # type: ignore[index]  # a Sequential
+        for layer in (model.get_submodule("0"), model.get_submodule("2"), model):
             fully_shard(layer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     plugin = made(name)
@@ -76,6 +76,7 @@ def go_on(training: Training, first: int, last: int) -> list[dict[str, float]]:
     """Step with gradients that are the same however they are cut; return the metrics."""
     whole, metrics = small_model(), []
     for step in range(first, last):
+        compute_loss(training.session, step)
         set_gradients(whole, step)
         for param, twin in zip(training.model.parameters(), whole.parameters(), strict=True):
             param.grad = None if twin.grad is None else placed_like(param, twin.grad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,22 @@ def runs() -> list[tuple[str, str]]:
     return modes + [(name, "host") for name in VARIANTS]
 
 
+class Network(nn.Sequential):
+    """Two linear layers and, beside them, the module that judges what they put out."""
+
+    def __init__(self) -> None:
+        layers = {"0": nn.Linear(5, 6), "1": nn.Tanh(), "2": nn.Linear(6, 3)}
+        super().__init__(OrderedDict(loss=nn.CrossEntropyLoss(), **layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, layer in self.named_children():
+            x = x if name == "loss" else layer(x)
+        return x
+
+
 def small_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    return Network()
 
 
 def wrapped(model: nn.Module, how: str) -> nn.Module:
@@ -56,6 +70,19 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager"))
     return model
+
+
+def acts_on_losses(session: stablekit.Session) -> bool:
+    """Tell whether some plugin waits for forward passes."""
+    return any("loss" in getattr(plugin, "needs", ()) for plugin in session.plugins.values())
+
+
+def compute_loss(session: stablekit.Session, step: int) -> None:
+    """Pass a batch through the model, and back, for plugins that act there."""
+    model: Any = session.model
+    if acts_on_losses(session):
+        batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(1000 + step))
+        model.loss(model(batch), torch.arange(4) % 3).backward()
 
 
 def set_gradients(model: nn.Module, step: int) -> None:
@@ -116,6 +143,7 @@ def save(folder: Path) -> None:
     for name, mode in runs():
         model, optimizer, session = attached(name, mode)
         for step in range(1, STEPS + 1):
+            compute_loss(session, step)
             set_gradients(model, step)
             optimizer.step()
             if step in SAVED:
@@ -130,8 +158,8 @@ def resume(folder: Path) -> None:
     for name, mode in runs():
         end = torch.load(folder / f"{name}-{mode}-end.pt", weights_only=True)
         for step, how in RESUMED[mode]:
-            if how and name in VARIANTS:
-                continue
+            if how and (name in VARIANTS or "loss" in getattr(plugin_named(name), "needs", ())):
+                continue  # what is kept by name is the same for variants; of losses nothing is
             path = folder / f"{name}-{mode}-{step}.pt"
             ours = resumed(name, mode, how, path, step)
             for where in differences(ours, end, ""):
@@ -145,6 +173,7 @@ def resumed(name: str, mode: str, how: str, path: Path, step: int) -> dict[str, 
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     for later in range(step + 1, STEPS + 1):
+        compute_loss(session, later)
         set_gradients(model, later)
         optimizer.step()
     return end_of(model, optimizer, session)

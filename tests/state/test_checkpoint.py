@@ -17,7 +17,13 @@ from torch import nn
 import stablekit
 from stablekit.errors import StateError, StateWarning
 from stablekit_clipping import AGC, AdaGC, AutoClip, QuantileClip, ZClip
-from tests.state.resumable import differences, plugin_named, set_gradients, small_model
+from tests.state.resumable import (
+    compute_loss,
+    differences,
+    plugin_named,
+    set_gradients,
+    small_model,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +44,7 @@ def trained(
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
+        compute_loss(stablekit.session(optimizer), step)
         set_gradients(model, step)
         optimizer.step()
 
