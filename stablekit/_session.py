@@ -13,6 +13,7 @@ from torch import Tensor
 from stablekit import _state
 from stablekit._callers import takes_apart
 from stablekit._hearing import Ear, Hearing
+from stablekit._late import warn_of_late
 from stablekit._layout import Layout, layout_of, parameters_of
 from stablekit._mail import Mail
 from stablekit._metrics import Metrics
@@ -85,6 +86,7 @@ class Session:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self.hearing = Hearing(self.optimizers)
         self._batch: Any = None
+        self._warned_of_late = False
         self._restored_at = -1
         self._tracked: dict[str, Any] = {}
         self.loads = 0
@@ -333,6 +335,8 @@ class Session:
         if self.awaits_state:
             self.awaits_state = False
             _state.warn_of_missing(stacklevel=8)
+        if self.number == 0 and self.model is not None and not self._warned_of_late:
+            warn_of_late(self.model, parameters_of(self.optimizers), stacklevel=8)
         self.number += 1
 
     def count_skip(self) -> None:
@@ -381,6 +385,7 @@ class Session:
     def _check_model(self, model: nn.Module) -> None:
         names = {id(param) for param in model.parameters()}
         params = parameters_of(self.optimizers)
+        self._warned_of_late = warn_of_late(model, params, stacklevel=5)
         if params and names.isdisjoint(map(id, params)):
             warnings.warn(
                 f"none of the optimizer's {len(params)} parameters is in the model given"

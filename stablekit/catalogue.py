@@ -17,6 +17,8 @@ __all__ = ["GROUP", "PRESETS", "PluginInfo", "available", "create"]
 GROUP = "stablekit.plugins"
 """The entry-point group: name -> class."""
 
+_SURGERIES = "stablekit.surgery"  # of stablekit_layers, which offers what is made on models
+
 PRESETS: dict[str, tuple[str, ...]] = {"recommended": ("nonfinite-guard", "zclip")}
 """Names that stand for a list of plugins."""
 
@@ -137,6 +139,11 @@ def _info(point: EntryPoint, versions: dict[str, tuple[str, str]]) -> PluginInfo
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if any(point.name == name for point in entry_points(group=_SURGERIES)):
+        return (
+            f"{name!r} is a surgery, not a plugin: it is made on a model before its optimizer"
+            f" exists, with stablekit_layers.apply(model, {name!r})"
+        )
     nearest = difflib.get_close_matches(name, known, n=2)
     guess = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
     return f"no installed plugin is named {name!r}{guess} Known are: {', '.join(known)}."

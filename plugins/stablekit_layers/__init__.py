@@ -2,9 +2,10 @@
 
 from stablekit_layers._apply import apply
 from stablekit_layers._catalogue import SurgeryInfo, available, create
+from stablekit_layers._check import check
 from stablekit_layers._decay import no_decay, parameter_groups
 from stablekit_layers._fold import fold
-from stablekit_layers._load import check, load
+from stablekit_layers._load import load
 from stablekit_layers.hybridnorm import HybridNorm, HybridNormStar
 from stablekit_layers.normformer import NormFormer
 from stablekit_layers.peri_norm import PeriNorm

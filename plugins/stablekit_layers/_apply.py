@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -14,14 +15,16 @@ from stablekit_layers import _catalogue, _marks
 from stablekit_layers.surgery import Surgery
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["apply", "resolve"]
 
 Model = TypeVar("Model", bound=nn.Module)
+Form: TypeAlias = "Surgery | str | Mapping[str, Any] | Sequence[Form]"
+"""What stands for surgeries; mappings and lists are what YAML and configurations hold."""
 
 
-def apply(model: Model, *surgeries: Surgery | str) -> Model:
+def apply(model: Model, *surgeries: Form) -> Model:
     """Change a model's layers, in place, before its optimizer exists.
 
     What was done is recorded on the model and, where it has one, in its ``config``, so that
@@ -30,12 +33,14 @@ def apply(model: Model, *surgeries: Surgery | str) -> Model:
 
     Most surgeries change the function that the model computes: a trained model has to be trained
     again. Whether a model was trained, or an optimizer already holds its parameters, cannot be seen
-    here: parameters that are added now are unknown to an optimizer that exists.
+    here: parameters that are added now are unknown to an optimizer that exists. A session that
+    knows the model warns of that, and ``check(model, optimizer)`` refuses it.
 
     Args:
         model: what is changed: not wrapped, not compiled, not quantised, without adapters.
-        surgeries: instances, names as ``"qk-norm"``, or names with arguments as
-            ``"qk-norm:per=projection"``; made in this order.
+        surgeries: instances, names as ``"qk-norm"``, names with arguments as
+            ``"qk-norm:per=projection"`` or ``{"qk-norm": {"per": "projection"}}``, entries of
+            ``config.stablekit_surgery``, or lists of these; made in this order.
 
     Returns:
         The same model.
@@ -44,6 +49,8 @@ def apply(model: Model, *surgeries: Surgery | str) -> Model:
         AttachError: A surgery is made twice, conflicts with another, or cannot be made on this
             model. Nothing was changed.
         UnknownPluginError: There is no surgery of this name.
+        TypeError: What is given is no model, or stands for no surgery.
+        ValueError: A string or mapping is malformed.
 
     Example:
         >>> from torch import nn
@@ -52,34 +59,47 @@ def apply(model: Model, *surgeries: Surgery | str) -> Model:
         >>> [surgery.name for surgery in model.stablekit_surgery]
         ['scaled-ws']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "apply changes a model that was built, as LlamaForCausalLM(config) or by"
+            f" from_pretrained; got {model!r}"
+        )
     chosen = resolve(surgeries)
     _refuse_wrapped(model)
     _refuse_marked(model, chosen)
     _refuse_combination([*_marks.applied(model), *chosen])
     for surgery in chosen:
         surgery.check(model)
+    before = {id(param) for param in model.parameters()}
     for surgery in chosen:
         surgery.apply_to(model)
+    _marks.mark_added(model, before)
     _marks.record(model, chosen)
     return model
 
 
-def resolve(surgeries: Iterable[Surgery | str]) -> list[Surgery]:
-    """Return the surgeries that instances and strings stand for."""
-    return [_resolve(given) for given in surgeries]
+def resolve(surgeries: Iterable[Form]) -> list[Surgery]:
+    """Return the surgeries that all forms stand for, in order."""
+    return [surgery for given in surgeries for surgery in _resolve(given)]
 
 
-def _resolve(given: Any) -> Surgery:  # noqa: ANN401 - see the forms
+def _resolve(given: Any) -> Iterator[Surgery]:  # noqa: ANN401 - see the forms
     if isinstance(given, str):
-        return _catalogue.from_text(given)
-    if isinstance(given, type):
+        yield _catalogue.from_text(given)
+    elif isinstance(given, Mapping):
+        yield _catalogue.from_mapping(given)
+    elif isinstance(given, (list, tuple)):
+        yield from resolve(given)
+    elif isinstance(given, type):
         raise TypeError(f"a surgery is given as an instance: write {given.__name__}(...)")
-    if not isinstance(given, Surgery):
+    elif isinstance(given, Surgery):
+        yield given
+    else:
         raise TypeError(
-            "a surgery is given as an instance, as 'name' or as 'name:key=value'; it has name,"
-            f" conflicts, arguments, check and apply_to; got {given!r}"
+            "a surgery is given as an instance, as 'name', as 'name:key=value', or as"
+            " {'name': {...}}; an instance has name, conflicts, arguments, check and apply_to; got"
+            f" {given!r}"
         )
-    return given
 
 
 def _refuse_combination(surgeries: Sequence[Surgery]) -> None:

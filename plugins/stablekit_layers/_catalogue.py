@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, final
 
+from stablekit import catalogue
 from stablekit.arguments import parse
 from stablekit.errors import StablekitWarning, UnknownPluginError
 from stablekit_layers.surgery import GROUP, Surgery
 
-__all__ = ["SurgeryInfo", "available", "create", "from_text"]
+__all__ = ["SurgeryInfo", "available", "create", "from_mapping", "from_text"]
 
 
 @final
@@ -90,6 +92,27 @@ def from_text(text: str) -> Surgery:
     return create(name, **arguments)
 
 
+def from_mapping(given: Mapping[Any, Any]) -> Surgery:
+    """Return what ``{name: arguments}`` stands for, or ``{"name": ..., "arguments": ...}``.
+
+    The second is an entry of ``config.stablekit_surgery``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if given.keys() == {"name", "arguments"}:
+        given = {given["name"]: given["arguments"]}
+    if len(given) != 1:
+        raise ValueError(
+            "a surgery's mapping has one entry, as {'qk-norm': {'per': 'projection'}}; several"
+            f" surgeries are a list of mappings; got {dict(given)!r}"
+        )
+    ((name, arguments),) = given.items()
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ValueError(f"arguments of surgery {name!r} must be a mapping, got {arguments!r}")
+    return create(name, **(arguments or {}))
+
+
 def _points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
@@ -109,6 +132,11 @@ def _info(point: EntryPoint) -> SurgeryInfo:
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if any(point.name == name for point in entry_points(group=catalogue.GROUP)):
+        return (
+            f"{name!r} is a plugin, not a surgery: it is attached to an optimizer with"
+            f" stablekit.attach(optimizer, {name!r}, model=model)"
+        )
     nearest = difflib.get_close_matches(name, known, n=2)
     guess = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
     return f"no installed surgery is named {name!r}{guess} Known are: {', '.join(known)}."

@@ -149,10 +149,14 @@ def _unknown(model: nn.Module, named: dict[str, nn.Module], surgery: str) -> str
         type(m).__name__ for m in named.values() if type(m).__name__.endswith(("Layer", "Block"))
     }
     found = ", ".join(sorted(seen)) or "none"
+    has_norms = any(name.startswith(_WITH_NORMS) for name in seen)
+    own = (
+        "; they have norms of queries, keys or sublayer outputs by themselves" if has_norms else ""
+    )
     return (
         f"{surgery} knows the blocks of {FAMILIES} in transformers; {type(model).__name__} has none"
-        f" of them (blocks found: {found}). {_HAVE}"
+        f" of them (blocks found: {found}){own}"
     )
 
 
-_HAVE = "Gemma 2 and 3 and OLMo 2 have norms of queries, keys or sublayer outputs by themselves."
+_WITH_NORMS = ("Gemma2", "Gemma3", "Olmo2")

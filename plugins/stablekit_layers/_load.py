@@ -1,13 +1,14 @@
-"""Loading and checking models that were operated on."""
+"""Loading models that were operated on."""
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from stablekit.errors import StateError
+from stablekit.errors import StateError, StateWarning
 from stablekit_layers import _catalogue, _marks
 from stablekit_layers._apply import apply
 
@@ -19,46 +20,9 @@ if TYPE_CHECKING:
 
     from stablekit_layers.surgery import Surgery
 
-__all__ = ["check", "load"]
+__all__ = ["load"]
 
 Model = TypeVar("Model", bound="nn.Module")
-
-
-def check(model: nn.Module) -> None:
-    """Raise unless a model has the surgeries that its configuration says its weights need.
-
-    Also refused are adapters (PEFT) on a projection whose output a surgery normalises or scales:
-    they would be added after that, and merging them would change what the model computes.
-
-    Raises:
-        StateError: So it is; what the model computes is not what was, or will be, trained.
-
-    Example:
-        >>> from torch import nn
-        >>> check(nn.Linear(2, 2))
-    """
-    asked = _marks.marked(model)
-    made = [_marks.entry(surgery) for surgery in _marks.applied(model)]
-    if hasattr(_marks.bare(model), "config") and asked != made:
-        raise StateError(
-            f"the configuration of this model asks for the surgeries {_names(asked)}, made were"
-            f" {_names(made)}: load it with stablekit_layers.load"
-        )
-    for name, module in model.named_modules():
-        if name.endswith("base_layer") and _is_changed(module):
-            raise StateError(
-                f"what adapters put out is added to {name} after the norm or gain of a surgery:"
-                " leave this projection out of their targets"
-            )
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Tell whether a module has a hook that a surgery put there, an object or a ``partial``."""
-    hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(
-        getattr(hook, "func", type(hook)).__module__.startswith("stablekit_layers")
-        for hook in hooks
-    )
 
 
 def load(
@@ -66,22 +30,30 @@ def load(
     path: str | os.PathLike[str],
     *,
     surgeries: Iterable[Surgery] = (),
+    new_head: bool = False,
     **kwargs: Any,  # noqa: ANN401 - arguments of from_pretrained
 ) -> Model:
     """Return a model of transformers from a folder that a model with surgeries was saved to.
 
     The plain model is built, the surgeries that the saved configuration names are made on it, and
-    the weights are loaded: all of them, and no others.
+    the weights are loaded: all of them, and no others. It is in eval mode, as ``from_pretrained``
+    leaves it.
 
     Args:
         cls: a model class, or one of the ``AutoModel`` family.
         path: what ``from_pretrained`` takes.
         surgeries: instances of those that no installed distribution provides by name, equal to
             those that were made.
-        **kwargs: likewise: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        new_head: whether what is outside the base model may differ from what was saved: another
+            task, or another number of labels. A warning names what is new and what is left out.
+        **kwargs: likewise: ``dtype``, ``device_map``, ``attn_implementation``, or values of the
+            configuration as ``num_labels``.
 
     Raises:
         StateError: The configuration names no surgery, or weights are missing or left over.
+
+    Warns:
+        StateWarning: The head is new.
 
     Example:
         ``model = stablekit_layers.load(LlamaForCausalLM, "out/checkpoint-500")``
@@ -94,17 +66,61 @@ def load(
         )
     given = list(surgeries)
     chosen = [_made(one, given) for one in asked]
-    config = _cleared(config)
+    config, kwargs = _cleared(config, kwargs)
     operated = _operated(_concrete(cls, config), chosen)
+    if new_head:
+        kwargs["ignore_mismatched_sizes"] = True
     model, found = operated.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    wrong = {key: sorted(map(str, found[key])) for key in _PROBLEMS if found.get(key)}
-    if wrong:
-        raise StateError(f"{str(path)!r} does not fit {cls.__name__} with {_names(asked)}: {wrong}")
+    _judge(found, model, f"{str(path)!r} does not fit {cls.__name__}", asked, new_head=new_head)
     model.__class__ = operated.__mro__[1]
     return cast("Model", model)
 
 
 _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def _judge(
+    found: Any,  # noqa: ANN401 - what from_pretrained tells of loading
+    model: Any,  # noqa: ANN401 - a model of transformers
+    subject: str,
+    asked: list[dict[str, Any]],
+    *,
+    new_head: bool,
+) -> None:
+    """Refuse weights that are missing or left over, and tell of those that may be."""
+    wrong = {key: sorted(found[key], key=str) for key in _PROBLEMS if found.get(key)}
+    if not wrong:
+        return
+    is_head = not wrong.get("error_msgs") and not any(
+        _is_in_body(_name(one), model) for key in _PROBLEMS[:3] for one in wrong.get(key, ())
+    )
+    if not (new_head and is_head):
+        hint = "; new_head=True takes the base model's weights alone" if is_head else ""
+        listed = {key: [_name(one) for one in wrong[key]] for key in wrong}
+        raise StateError(f"{subject} with {_marks.words(asked)}: {listed}{hint}")
+    fresh = [_name(one) for key in _REPLACED for one in wrong.get(key, ())]
+    unused = [_name(one) for one in wrong.get("unexpected_keys", ())]
+    warnings.warn(
+        f"{type(model).__name__} has a head of its own: new, and to be trained, are"
+        f" {', '.join(fresh) or 'none'}; left out were {', '.join(unused) or 'none'}",
+        StateWarning,
+        stacklevel=3,
+    )
+
+
+_REPLACED = ("missing_keys", "mismatched_keys")
+
+
+def _name(found: Any) -> str:  # noqa: ANN401 - a name, or a name and two shapes
+    return str(found[0] if isinstance(found, tuple) else found)
+
+
+def _is_in_body(name: str, model: Any) -> bool:  # noqa: ANN401 - a model of transformers
+    """Tell whether weights belong to the base model, which a model without a head is itself."""
+    body = model.base_model
+    if body is model:
+        return name.partition(".")[0] in dict(model.named_children())
+    return name.startswith(f"{model.base_model_prefix}.")
 
 
 def _made(one: dict[str, Any], given: Iterable[Surgery]) -> Surgery:
@@ -119,16 +135,28 @@ def _config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:  # noq
     return auto.from_pretrained(path, **{k: kwargs[k] for k in known if k in kwargs})
 
 
-def _cleared(config: Any) -> Any:  # noqa: ANN401 - a configuration of transformers
-    """Return the configuration of the plain model; the surgeries write theirs into it again."""
-    plain = type(config).from_dict(
-        {key: value for key, value in config.to_dict().items() if key not in _OURS}
-    )
+def _cleared(config: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
+    """Return the configuration of the plain model, and the arguments that are not for it.
+
+    The surgeries write theirs into it again.
+    """
+    saved = config.to_diff_dict()  # as save_pretrained writes it: what is left out follows settings
+    content = {key: value for key, value in saved.items() if key not in _OURS}
+    settings = {key: value for key, value in kwargs.items() if key not in _OF_LOADING}
+    plain, left = type(config).from_dict(content, return_unused_kwargs=True, **settings)
     plain._name_or_path = config._name_or_path
-    return plain
+    return plain, {**left, **{key: kwargs[key] for key in _OF_LOADING if key in kwargs}}
 
 
 _OURS = (_marks.KEY, _marks.BARRIER)
+_OF_LOADING = (
+    "attn_implementation",
+    "dtype",
+    "experts_implementation",
+    "quantization_config",
+    "torch_dtype",
+)
+"""Arguments whose name a configuration has too, that ``from_pretrained`` must see itself."""
 
 
 def _concrete(cls: Any, config: Any) -> Any:  # noqa: ANN401 - a class of models, or of AutoModels
@@ -148,7 +176,3 @@ def _operated(cls: Any, surgeries: list[Surgery]) -> Any:  # noqa: ANN401
 
     body = {"__init__": init, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), body)
-
-
-def _names(entries: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{one['name']} {one['arguments']}" for one in entries) or "none"

@@ -13,7 +13,19 @@ if TYPE_CHECKING:
 
     from stablekit_layers.surgery import Surgery
 
-__all__ = ["BARRIER", "applied", "bare", "entry", "forget", "marked", "record", "unmark"]
+__all__ = [
+    "BARRIER",
+    "added",
+    "applied",
+    "bare",
+    "entry",
+    "forget",
+    "mark_added",
+    "marked",
+    "record",
+    "unmark",
+    "words",
+]
 
 KEY = "stablekit_surgery"
 """Attribute of the model (what was done) and of its configuration (what its weights need)."""
@@ -25,9 +37,16 @@ Unexpected weights are a warning there; an unknown value of this field is an err
 whichever attention is asked for.
 """
 
+ADDED = "stablekit_added"
+"""Attribute of a module: names of those of its own parameters that were added to the model.
+
+Of the module, since what wraps, copies or shards a model keeps its modules. A session reads it.
+"""
+
 _WORDS = (
     "none: this checkpoint was changed by stablekit_layers ({names}) and computes another function"
-    " without that; load it with stablekit_layers.load(...)"
+    " without that; load it with stablekit_layers.load, as in"
+    " model = stablekit_layers.load({cls}, path)"
 )
 
 
@@ -57,6 +76,30 @@ def marked(model: nn.Module) -> list[dict[str, Any]]:
     return list(getattr(getattr(bare(model), "config", None), KEY, None) or ())
 
 
+def mark_added(model: nn.Module, before: set[int]) -> None:
+    """Note which parameters were not among those of these ids before."""
+    for module in model.modules():
+        own = module.named_parameters(recurse=False)
+        names = [key for key, param in own if id(param) not in before]
+        if names:
+            vars(module)[ADDED] = (*vars(module).get(ADDED, ()), *names)
+
+
+def added(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that surgeries added, by name."""
+    return {
+        f"{name}.{key}" if name else key: param
+        for name, module in bare(model).named_modules()
+        for key, param in module.named_parameters(recurse=False)
+        if key in vars(module).get(ADDED, ())
+    }
+
+
+def words(entries: list[dict[str, Any]]) -> str:
+    """Return entries as a message names them."""
+    return ", ".join(f"{one['name']} {one['arguments']}" for one in entries) or "none"
+
+
 def record(model: nn.Module, surgeries: Iterable[Surgery]) -> None:
     """Add surgeries to what the model and its configuration say."""
     _write(model, [*applied(model), *surgeries])
@@ -76,7 +119,8 @@ def _write(model: nn.Module, surgeries: list[Surgery]) -> None:
     forget(config)
     if surgeries:
         setattr(config, KEY, copy.deepcopy([entry(one) for one in surgeries]))
-        setattr(config, BARRIER, _WORDS.format(names=", ".join(one.name for one in surgeries)))
+        names = ", ".join(one.name for one in surgeries)
+        setattr(config, BARRIER, _WORDS.format(names=names, cls=type(model).__name__))
 
 
 def forget(config: Any) -> None:  # noqa: ANN401 - a configuration of transformers

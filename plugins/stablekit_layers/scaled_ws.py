@@ -18,9 +18,10 @@ from stablekit.arguments import choice, flag, number, plugin_name
 from stablekit.errors import AttachError
 from stablekit.forward import modules
 from stablekit_layers._gains import is_transposed
+from stablekit_layers._selection import chosen_layers, patterns
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["GAMMAS", "ScaledWeightStandardization", "StandardizedWeight", "standardize"]
 
@@ -32,7 +33,6 @@ GAMMAS: Final[Mapping[str, float]] = {
 }
 """What makes the variance of an activation 1 when its input is a standard normal."""
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORMS = ("deepmind", "timm")
 
 
@@ -125,7 +125,7 @@ class ScaledWeightStandardization:
     copied and saved but not pickled.
 
     Of a model of transformers all such layers of its base model are changed, not its heads. Of any
-    other model all of them: name those wanted with ``include`` to leave out a classifier.
+    other model all of them: leave out a classifier with ``exclude``.
 
     Args:
         eps: the smallest ``fan_in * var``; None is 1e-4, and 1e-6 in timm's form.
@@ -133,7 +133,9 @@ class ScaledWeightStandardization:
         activation: "relu", "gelu", "silu" or "tanh" take their gain for ``gamma``, as timm does
             before layers that follow one; None is 1.
         form: "deepmind", or "timm", which adds ``eps`` to the variance.
-        include: name of the layers, in which ``*`` stands for one part.
+        include: name of the layers, or a list of names, in which ``*`` stands for one part; None
+            is all.
+        exclude: likewise, of layers or of modules around them, that are left as they are.
         name: another name than "scaled-ws", for a second catalogue entry.
 
     Raises:
@@ -158,7 +160,8 @@ class ScaledWeightStandardization:
         gain: bool = True,
         activation: str | None = None,
         form: str = "deepmind",
-        include: str | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
         """Check the arguments."""
@@ -167,7 +170,8 @@ class ScaledWeightStandardization:
         self.eps = usual if eps is None else number("eps", eps, above=0)
         self.gain = flag("gain", gain)
         self.activation = activation and choice("activation", activation, tuple(GAMMAS))
-        self.include = modules.pattern("include", include)
+        self.include = patterns("include", include)
+        self.exclude = patterns("exclude", exclude)
         self.name = plugin_name(name, "scaled-ws")
 
     @property
@@ -179,6 +183,7 @@ class ScaledWeightStandardization:
             "activation": self.activation,
             "form": self.form,
             "include": self.include,
+            "exclude": self.exclude,
         }
 
     def check(self, model: nn.Module) -> None:
@@ -191,7 +196,7 @@ class ScaledWeightStandardization:
             if len(tied) > 1:
                 raise AttachError(
                     f"{' and '.join(tied)} are one weight: {self.name} would part them; leave"
-                    " them out with include"
+                    f" this layer out with exclude={name!r}"
                 )
 
     def apply_to(self, model: nn.Module) -> None:
@@ -213,18 +218,4 @@ class ScaledWeightStandardization:
             layer.register_parameter("bias", cast("nn.Parameter | None", bias))
 
     def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        if self.include is not None:
-            found = modules.matching(model, self.include, argument="include")
-            others = [f"{k} ({type(m).__name__})" for k, m in found.items() if not _is_layer(m)]
-            if others:
-                raise AttachError(f"{self.name} is for convolutions and linear layers: {others[0]}")
-            return found
-        body = modules.named(getattr(model, "base_model", model))
-        found = {name: module for name, module in body.items() if _is_layer(module)}
-        if not found:
-            raise AttachError(f"{type(model).__name__} has no convolution and no linear layer")
-        return found
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, _LAYERS) or is_transposed(module)
+        return chosen_layers(model, self.name, self.include, self.exclude)

@@ -95,3 +95,12 @@ def train(model: nn.Module, steps: int = 3, forward: Any = None) -> list[Tensor]
         optimizer.zero_grad()
         losses.append(loss.detach())
     return losses
+
+
+def with_adapters(model: nn.Module, target: str) -> Any:  # noqa: ANN401 - a model of PEFT
+    """Return a model with adapters that change what it computes."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=[target], init_lora_weights=False)
+    )

@@ -13,7 +13,15 @@ pytest.importorskip("transformers")
 
 from stablekit.errors import AttachError, StateError
 from stablekit_layers import PeriNorm, QKNorm, Surgery, apply, check, no_decay, parameter_groups
-from tests.layers.models import FAMILIES, gpt2, llama, logits, shake, transformers
+from tests.layers.models import (
+    FAMILIES,
+    gpt2,
+    llama,
+    logits,
+    shake,
+    transformers,
+    with_adapters,
+)
 
 
 class Doubled:
@@ -103,16 +111,33 @@ def test_a_family_that_is_not_known_is_refused_with_its_blocks_and_those_that_ar
         apply(model, QKNorm())
 
 
+@pytest.mark.parametrize(
+    ("family", "its_own"), [("Bert", False), ("Gemma", False), ("Olmo2", True)]
+)
+def test_only_families_with_norms_of_their_own_are_told_of_them(family: str, its_own: bool) -> None:
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=61,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    with pytest.raises(AttachError, match=rf"found: .*{family}(Decoder)?Layer.*\)") as caught:
+        apply(model, QKNorm())
+    assert ("by themselves" in str(caught.value)) == its_own
+
+
 def test_cross_attention_is_refused() -> None:
     with pytest.raises(AttachError, match="cross attention"):
         apply(gpt2(add_cross_attention=True), PeriNorm())
 
 
-def test_forms_that_stand_for_no_surgery_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"write QKNorm\(\.\.\.\)"):
-        apply(llama(), QKNorm)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="given as an instance, as 'name'"):
-        apply(llama(), 3)  # type: ignore[arg-type]
+def test_what_is_no_model_is_refused_with_what_one_is() -> None:
+    with pytest.raises(TypeError, match=r"a model that was built, .* got 'gpt2'"):
+        apply("gpt2", QKNorm())  # type: ignore[type-var]
 
 
 def test_wrapped_compiled_and_quantised_models_are_refused() -> None:
@@ -131,27 +156,10 @@ def test_wrapped_compiled_and_quantised_models_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_models_with_adapters_are_refused() -> None:
     model = llama()
-    wrapped = _with_adapters(model, "q_proj")
+    wrapped = with_adapters(model, "q_proj")
     for refused in (wrapped, model):
         with pytest.raises(AttachError, match="adapters"):
             apply(refused, QKNorm())
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_check_refuses_adapters_that_would_be_added_after_the_norm() -> None:
-    model = apply(llama(), QKNorm())
-    expected = logits(model)
-    check(_with_adapters(model, "v_proj"))
-    assert torch.equal(logits(model), expected)
-    _with_adapters(apply(model := llama(), QKNorm()), "q_proj")
-    with pytest.raises(StateError, match=r"q_proj\.base_layer after the norm or gain"):
-        check(model)
-
-
-def _with_adapters(model: nn.Module, target: str) -> nn.Module:
-    peft = pytest.importorskip("peft")
-    made: nn.Module = peft.get_peft_model(model, peft.LoraConfig(target_modules=[target]))
-    return made
 
 
 def test_check_refuses_the_plain_model_of_an_operated_configuration() -> None:

@@ -6,8 +6,10 @@ import inspect
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from torch import nn
 
+import stablekit
 import stablekit_layers
 from stablekit.errors import AttachError, StablekitWarning, UnknownPluginError
 from stablekit_layers import QKNorm, Surgery, apply, available, create
@@ -66,6 +68,21 @@ def test_names_with_arguments_make_it() -> None:
 def test_an_unknown_name_lists_the_nearest_and_the_known() -> None:
     with pytest.raises(UnknownPluginError, match=r"did you mean 'their-norm'.* Known are: absent"):
         create("thier-norm")
+
+
+def test_a_surgery_given_as_a_plugin_and_the_reverse_say_what_each_is() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(
+        UnknownPluginError, match=r"surgery, not.*layers\.apply\(model, 'qk-norm'\)"
+    ):
+        stablekit.attach(optimizer, "qk-norm")
+    with pytest.raises(
+        UnknownPluginError, match=r"plugin, not.*attach\(optimizer, 'z-loss', model"
+    ):
+        apply(model, "z-loss")
+    with pytest.raises(UnknownPluginError, match=r"no installed plugin .* Known are"):
+        stablekit.attach(optimizer, "qknorm")
 
 
 def test_every_surgery_of_the_package_follows_the_protocol() -> None:

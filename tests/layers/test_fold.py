@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
+pytest.importorskip("transformers")
+
 from stablekit.errors import AttachError
 from stablekit_layers import (
     HybridNorm,

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+pytest.importorskip("transformers")
+
 from stablekit.errors import AttachError
 from stablekit_layers import HybridNorm, HybridNormStar, NormFormer, QKNorm, apply, no_decay
 from tests.layers import contract

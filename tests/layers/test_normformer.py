@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("transformers")
+
 from stablekit.errors import AttachError
 from stablekit_layers import NormFormer, PeriNorm, apply, no_decay
 from tests.layers import contract
