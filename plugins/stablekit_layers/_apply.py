@@ -104,8 +104,9 @@ def _resolve(given: Any) -> Iterator[Surgery]:  # noqa: ANN401 - see the forms
 
 def _refuse_combination(surgeries: Sequence[Surgery]) -> None:
     for first, second in combinations(surgeries, 2):
-        if first.name == second.name:
-            raise AttachError(f"{first.name} cannot be made twice on one model")
+        is_ours = type(first) is type(second) and type(first).__module__.startswith(__package__)
+        if first.name == second.name or is_ours:
+            raise AttachError(f"{second.name} cannot be made twice on one model")
         if second.name in first.conflicts or first.name in second.conflicts:
             raise AttachError(f"{first.name} and {second.name} contradict each other: choose one")
 

@@ -78,6 +78,12 @@ def stack_of(model: nn.Module, surgery: str) -> Stack:
         raise AttachError(_unknown(model, named, surgery))
     if any(hasattr(block.module, "crossattention") for block in blocks):
         raise AttachError(f"{surgery} knows no cross attention, which this model has")
+    stacks = {block.name.rpartition(".")[0]: None for block in blocks}
+    if len(stacks) > 1:
+        raise AttachError(
+            f"{surgery} knows models with one stack of blocks; this one has {', '.join(stacks)}:"
+            " operate on each model in it by itself"
+        )
     holder: Any = named[blocks[0].name.rpartition(".")[0].rpartition(".")[0]]
     embedding = holder.wte if blocks[0].is_fused else holder.embed_tokens
     return Stack(

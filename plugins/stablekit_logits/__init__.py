@@ -1,5 +1,6 @@
 """Methods that act on logits and losses, one a module."""
 
+from stablekit_logits._doors_on import sessions_on
 from stablekit_logits.error_norm_truncation import (
     ErrorNormLoss,
     ErrorNormTruncation,
@@ -35,6 +36,7 @@ __all__ = [
     "gradient_penalty",
     "interpolate",
     "lowest_loss",
+    "sessions_on",
     "slope_penalty",
     "slopes",
     "soft_cap",

@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from stablekit.errors import AttachError
 from stablekit.forward import Sampling, modules
+from stablekit_logits._doors_on import refuse_second
 from stablekit_logits._loss_call import LossCall, Shape
 from stablekit_logits._tally import Tally
+from stablekit_logits._use import Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stablekit import Session
+    from stablekit import Session, Step
 
 __all__ = ["CriterionDoor"]
 
+_WHY = "is the model that was attached the one that is trained?"
 _SHAPE = Shape("CrossEntropyLoss", ("logits", "labels"), "logits", shifts=False)
 
 
@@ -41,8 +44,9 @@ class CriterionDoor:
         """Keep it closed."""
         self.plugin, self.on, self.around = plugin, on, around
         self.tally = Tally(*metrics)
-        self.was_used = False
-        self._session: Session | None = None
+        self.session: Session | None = None
+        self._use = Use(plugin)
+        self._loss: nn.Module | None = None
         self._sampling = Sampling(every=1)
         self._handles: list[Any] = []
 
@@ -50,47 +54,71 @@ class CriterionDoor:
         """Listen to the module.
 
         Raises:
-            AttachError: There is no model, or no such module, or not one of this kind.
+            AttachError: There is no model, or no such module, or not one of this kind, or this
+                plugin acts on the model for another session.
         """
         model = modules.model_of(session, self.plugin)
-        for name, module in modules.matching(model, self.on, argument="on").items():
+        refuse_second(session, self.plugin)
+        found = modules.matching(model, self.on, argument="on")
+        for name, module in found.items():
             _refuse_others(module, name, self.plugin)
-            self._handles.append(module.register_forward_hook(self._see))
-        self._session, self.was_used = session, False
+        for module in found.values():
+            self._handles.append(module.register_forward_hook(_Hook(self)))
+            self._loss = module
+        self.session = session
+        self._use.start()
         self._sampling.attach(session)
         self.tally.open(session, modules.device_of(model))
 
-    def close(self) -> None:
-        """Take the hook away."""
+    def close(self, session: Session) -> None:
+        """Take the hook away, if it is open for a session."""
+        if self.session is not session:
+            return
         for handle in self._handles:
             handle.remove()
         self._sampling.detach()
         self.tally.close()
-        self._handles, self._session = [], None
+        self._handles, self._loss, self.session = [], None, None
 
-    def check(self) -> None:
-        """Raise if no loss was computed here since the door was opened: call it in every step.
+    def check(self, step: Step) -> None:
+        """Raise if no step computed its loss here yet, tell of the first that no longer did.
 
         Raises:
-            AttachError: None was.
+            AttachError: None did.
         """
-        if self._session is not None and not self.was_used:
-            raise AttachError(
-                f"{self.plugin} is on the loss {self.on!r}, and the first training step did not"
-                " call it: is the model that was attached the one that is trained?"
-            )
+        if self._loss is not None:
+            self._use.check(step, self._loss, f"the loss {self.on!r}", lambda: _WHY)
 
-    def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self._session is None or not self._sampling.looks_at(module):
+    def pass_on(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Call ``around`` in training; in a dry run its result is dropped."""
+        if self.session is None or not self._use.looks(self._sampling, module):
             return output
-        self.was_used = True
         assert isinstance(module, nn.CrossEntropyLoss)
         call = _call_of(module, inputs, output, self.plugin)
-        if not self._session.dry_run:
+        if not self.session.dry_run:
             return self.around(call)
         with torch.no_grad():
             self.around(call)
         return output
+
+
+@final
+class _Hook:
+    """The forward hook; in a copy of the model it does nothing."""
+
+    def __init__(self, door: CriterionDoor | None) -> None:
+        self.door = door
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output if self.door is None else self.door.pass_on(module, inputs, output)
+
+    def doors_open(self) -> list[tuple[str, Session]]:
+        """Return the plugin that acts here and its session, none in a copied model."""
+        session = None if self.door is None else self.door.session
+        return [] if self.door is None or session is None else [(self.door.plugin, session)]
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
+        return _Hook, (None,)
 
 
 def _call_of(
@@ -122,8 +150,13 @@ def _refuse_others(module: nn.Module, name: str, plugin: str) -> None:
         raise AttachError(
             f"{plugin}: on={name!r} is a {type(module).__name__}; it takes an nn.CrossEntropyLoss"
         )
-    if module.reduction != "mean" or module.weight is not None:
+    others = {
+        f"reduction={module.reduction!r}": module.reduction != "mean",
+        "class weights (weight=)": module.weight is not None,
+    }
+    if any(others.values()):
+        found = " and ".join(words for words, has in others.items() if has)
         raise AttachError(
             f"{plugin} takes an nn.CrossEntropyLoss with reduction='mean' and without class"
-            f" weights, got {module}; use ErrorNormLoss in its place"
+            f" weights; {name!r} has {found}. Use stablekit_logits.ErrorNormLoss in its place"
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Door", "LossCall", "LossDoor", "OutputDoor", "door"]
 
 Door = LossDoor | OutputDoor
-"""Both have ``open(session)``, ``check()``, ``tally.record(step)`` and ``close()``."""
+"""Both have ``open(session)``, ``check(step)``, ``tally.record(step)`` and ``close(session)``."""
 
 
 def door(
@@ -25,6 +25,7 @@ def door(
     on: str | None,
     around: Callable[[LossCall], Tensor],
     through: Callable[[Tensor], Tensor],
+    instead: str,
 ) -> Door:
     """Return the loss function's door, or that of the module named.
 
@@ -34,7 +35,8 @@ def door(
         on: name of a module; None is the loss function.
         around: computes the loss, see :class:`LossDoor`.
         through: computes what goes on in place of the logits, see :class:`OutputDoor`.
+        instead: what else can be done, see :class:`LossDoor`.
     """
     if on is None:
-        return LossDoor(plugin, *metrics, around=around)
+        return LossDoor(plugin, *metrics, around=around, instead=instead)
     return OutputDoor(plugin, *metrics, on=on, through=through)

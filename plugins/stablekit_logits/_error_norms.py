@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["error_norms", "judged", "truncation_mask"]
+__all__ = ["error_norms", "judged", "largest_count", "truncation_mask"]
 
 _AT_ONCE = 1 << 24
 
@@ -100,5 +100,15 @@ def truncation_mask(
     if not norms.numel():
         return counted
     falling = norms.where(counted, -torch.inf).flatten().sort(descending=True).values
-    place = (counted.sum() * (fraction or 0.0)).long().clamp(max=falling.numel() - 1)
+    place = largest_count(counted.sum(), fraction or 0.0).clamp(max=falling.numel() - 1)
     return counted & (norms > falling.gather(0, place.view(1)))
+
+
+def largest_count(count: Tensor, fraction: float) -> Tensor:
+    """Return how many of so many tokens a fraction leaves out at most, rounded down.
+
+    Example:
+        >>> largest_count(torch.tensor(8), 0.1), largest_count(torch.tensor(10), 0.1)
+        (tensor(0), tensor(1))
+    """
+    return (count * fraction).long()

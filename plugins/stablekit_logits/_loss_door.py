@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 from stablekit.errors import AttachError
 from stablekit.forward import Sampling, modules
+from stablekit_logits._doors_on import LOSS, refuse_second
+from stablekit_logits._heads import head_names
 from stablekit_logits._liger import refuse_liger
 from stablekit_logits._loss_call import LossCall, Shape, shape_of
 from stablekit_logits._tally import Tally
+from stablekit_logits._use import Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stablekit import Session
+    from stablekit import Session, Step
 
 __all__ = ["LossDoor"]
-
-_ATTRIBUTE = "_loss_function"
 
 
 @final
@@ -36,20 +37,28 @@ class LossDoor:
     plugin at the end of a step instead, and change it rarely). What it wants to tell goes to
     ``tally``. In a dry run what it returns is not used.
 
-    A plugin opens it in ``on_attach``, calls ``check()`` in ``observe_gradients``,
+    A plugin opens it in ``on_attach``, calls ``check(step)`` in ``observe_gradients``,
     ``tally.record(step)`` in ``on_step_end`` and closes it in ``on_detach``.
 
     Args:
         plugin: the name of who asks.
         metrics: names of the columns of ``tally``.
         around: see above.
+        instead: what else can be done where the loss is computed elsewhere; ``{head}`` in it
+            becomes the name of the module that makes the logits.
     """
 
-    def __init__(self, plugin: str, *metrics: str, around: Callable[[LossCall], Tensor]) -> None:
+    def __init__(
+        self,
+        plugin: str,
+        *metrics: str,
+        around: Callable[[LossCall], Tensor],
+        instead: str = "call the plain function of stablekit_logits in the loss",
+    ) -> None:
         """Keep it closed."""
-        self.plugin, self.around = plugin, around
+        self.plugin, self.around, self.instead = plugin, around, instead
         self.tally = Tally(*metrics)
-        self.was_used = False
+        self._use = Use(plugin)
         self._sampling = Sampling(every=1)
         self._model: nn.Module | None = None
 
@@ -58,45 +67,59 @@ class LossDoor:
 
         Raises:
             AttachError: There is no model, it has no loss function that can be replaced, or one
-                whose arguments are not known.
+                whose arguments are not known, or this plugin acts on it for another session.
         """
         model = _owner(modules.model_of(session, self.plugin), self.plugin)
         refuse_liger(model, self.plugin)
-        wrapped: Any = model.__dict__.get(_ATTRIBUTE)
+        refuse_second(session, self.plugin)
+        wrapped: Any = model.__dict__.get(LOSS)
         if not isinstance(wrapped, _Wrapped):
             wrapped = _Wrapped(model, self.plugin)
         wrapped.doors.append(self)
-        model.__dict__[_ATTRIBUTE] = wrapped
-        self._model, self.was_used = model, False
+        model.__dict__[LOSS] = wrapped
+        self._model = model
+        self._use.start()
         self._sampling.attach(session)
         self.tally.open(session, modules.device_of(model))
 
-    def close(self) -> None:
-        """Step back; the last one leaves the model as it was."""
+    def close(self, session: Session) -> None:
+        """Step back, if it is open for a session; the last one leaves the model as it was."""
+        if self.session is not session:
+            return
         model, self._model = self._model, None
         self._sampling.detach()
         self.tally.close()
         if model is None:
             return
-        wrapped = model.__dict__.get(_ATTRIBUTE)
+        wrapped = model.__dict__.get(LOSS)
         if isinstance(wrapped, _Wrapped):
             wrapped.remove(self, model)
 
-    def check(self) -> None:
-        """Raise if no loss was computed here since the door was opened: call it in every step.
+    @property
+    def session(self) -> Session | None:
+        """The session it is open for."""
+        return self._sampling.session
+
+    def check(self, step: Step) -> None:
+        """Raise if no step computed its loss here yet, tell of the first that no longer did.
 
         Raises:
-            AttachError: None was; training would not be what was asked for.
+            AttachError: None did; training would not be what was asked for.
         """
-        if self._model is not None and not self.was_used:
-            raise AttachError(
-                f"{self.plugin} is on the loss function of {type(self._model).__name__}, and the"
-                " first training step did not call it: the loss is computed elsewhere (labels= is"
-                " not passed to the model, compute_loss_func=, label_smoothing_factor=, a fused or"
-                " custom loss). Let the model compute its loss, name the module that makes the"
-                f" logits ({self.plugin}:on=lm_head) if the plugin takes on=, or call the plain"
-                " function of stablekit_logits in the loss"
-            )
+        if self._model is not None:
+            where = f"the loss function of {type(self._model).__name__}"
+            self._use.check(step, self._model, where, self._why)
+
+    def _why(self) -> str:
+        assert self.session is not None
+        model = modules.model_of(self.session, self.plugin)
+        head = next(iter(head_names(model)), "lm_head")
+        return (
+            "the loss is computed elsewhere (labels= is not passed to the model,"
+            " compute_loss_func=, label_smoothing_factor=, a fused or custom loss, a model that"
+            " does not call loss_function). Let the model compute its loss, or"
+            f" {self.instead.format(head=head)}"
+        )
 
     def pass_on(
         self, shape: Shape, arguments: dict[str, Any], then: Callable[[dict[str, Any]], Tensor]
@@ -106,9 +129,8 @@ class LossDoor:
         given = (arguments.get("labels"), arguments.get("shift_labels"))
         if model is None or session is None or all(one is None for one in given):
             return then(arguments)
-        if not self._sampling.looks_at(model):
+        if not self._use.looks(self._sampling, model):
             return then(arguments)
-        self.was_used = True
         call = LossCall(shape, arguments, then)
         call.refuse_values(self.plugin)
         if not session.dry_run:
@@ -124,7 +146,7 @@ class _Wrapped:
 
     def __init__(self, model: nn.Module, plugin: str) -> None:
         """Take the place of the present function, remembering whether the model had its own."""
-        self.had_own = _ATTRIBUTE in model.__dict__
+        self.had_own = LOSS in model.__dict__
         self.inner: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]  # checked by _owner
         shape = shape_of(self.inner)
         if shape is None:
@@ -157,9 +179,13 @@ class _Wrapped:
         self.doors.remove(door)
         if self.doors:
             return
-        del model.__dict__[_ATTRIBUTE]
+        del model.__dict__[LOSS]
         if self.had_own:
-            model.__dict__[_ATTRIBUTE] = self.inner
+            model.__dict__[LOSS] = self.inner
+
+    def doors_open(self) -> list[tuple[str, Session]]:
+        """Return the plugins that act here and their sessions."""
+        return [(door.plugin, door.session) for door in self.doors if door.session is not None]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Copy and pickle as the function itself: a copied model is not the one trained."""

@@ -9,15 +9,23 @@ from torch import Tensor, nn
 
 from stablekit.errors import AttachError
 from stablekit.forward import Sampling, modules
+from stablekit_logits._doors_on import refuse_second
+from stablekit_logits._heads import head_of
 from stablekit_logits._liger import refuse_liger
 from stablekit_logits._tally import Tally
+from stablekit_logits._use import Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stablekit import Session
+    from stablekit import Session, Step
 
 __all__ = ["OutputDoor"]
+
+_WHY = (
+    "is the model that was attached the one that is trained, was it compiled and used before it was"
+    " attached, does a fused loss take its weight instead?"
+)
 
 
 @final
@@ -50,55 +58,56 @@ class OutputDoor:
         """Keep it closed."""
         self.plugin, self.on, self.through, self.stays = plugin, on, through, stays
         self.tally = Tally(*metrics)
-        self.was_used = False
         self.session: Session | None = None
+        self._use = Use(plugin)
         self._sampling = Sampling(every=1)
+        self._head: nn.Module | None = None
         self._handles: list[Any] = []
 
     def open(self, session: Session) -> None:
         """Listen to the module.
 
         Raises:
-            AttachError: There is no model, or no such module, or several.
+            AttachError: There is no model, or no such module, or several, or this plugin acts on
+                the model for another session.
         """
         model = modules.model_of(session, self.plugin)
         refuse_liger(model, self.plugin)
-        head = _head(model, self.on, self.plugin)
-        self._handles = [head.register_forward_hook(_Hook(self, self.stays))]
-        self.session, self.was_used = session, False
+        refuse_second(session, self.plugin)
+        self._head = head_of(model, self.on, self.plugin)
+        self._handles = [self._head.register_forward_hook(_Hook(self, self.stays))]
+        self.session = session
+        self._use.start()
         self._sampling.attach(session)
         self.tally.open(session, modules.device_of(model))
 
-    def close(self) -> None:
-        """Take the hook away."""
+    def close(self, session: Session) -> None:
+        """Take the hook away, if it is open for a session."""
+        if self.session is not session:
+            return
         for handle in self._handles:
             handle.remove()
         self._sampling.detach()
         self.tally.close()
-        self._handles, self.session = [], None
+        self._handles, self._head, self.session = [], None, None
 
-    def check(self) -> None:
-        """Raise if the module put nothing out since the door was opened: call it in every step.
+    def check(self, step: Step) -> None:
+        """Raise if the module put nothing out in any step yet, tell of the first it no longer did.
 
         Raises:
             AttachError: It did not; training would not be what was asked for.
         """
-        if self.session is not None and not self.was_used:
+        if self._head is not None:
             module = "the output embedding" if self.on is None else f"the module {self.on!r}"
-            raise AttachError(
-                f"{self.plugin} is on the output of {module}, and the first training step did not"
-                " call it: is the model that was attached the one that is trained, was it compiled"
-                " and used before it was attached, does a fused loss take its weight instead?"
-            )
+            self._use.check(step, self._head, f"the output of {module}", lambda: _WHY)
 
     def acts(self, module: nn.Module) -> bool:
         """Tell whether a module is now computing for a training batch."""
-        return self._sampling.looks_at(module)
+        return self._use.looks(self._sampling, module, at_all_times=self.stays is not None)
 
     def pass_on(self, logits: Tensor) -> Tensor:
         """Call ``through``; in a dry run its result is dropped."""
         assert self.session is not None
-        self.was_used = True
         if not self.session.dry_run:
             return self.through(logits)
         with torch.no_grad():
@@ -120,6 +129,11 @@ class _Hook:
             return output
         return self.stays(_logits(output, module))
 
+    def doors_open(self) -> list[tuple[str, Session]]:
+        """Return the plugin that acts here and its session, none in a copied model."""
+        session = None if self.door is None else self.door.session
+        return [] if self.door is None or session is None else [(self.door.plugin, session)]
+
     def _is_dry(self) -> bool:
         session = None if self.door is None else self.door.session
         return session is not None and session.dry_run
@@ -134,20 +148,4 @@ def _logits(output: Any, module: nn.Module) -> Tensor:  # noqa: ANN401 - any mod
     raise AttachError(
         "logits are taken from a module that returns a tensor, but"
         f" {type(module).__name__} returned {type(output).__name__}; name its head with on="
-    )
-
-
-def _head(model: nn.Module, on: str | None, plugin: str) -> nn.Module:
-    if on is not None:
-        found = modules.matching(model, on, argument="on")
-        if len(found) > 1:
-            raise AttachError(f"{plugin}: on={on!r} matches {', '.join(found)}; name one module")
-        return next(iter(found.values()))
-    find = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    if isinstance(head, nn.Module):
-        return head
-    raise AttachError(
-        f"{plugin} finds no output embedding in {type(model).__name__}; name the module that makes"
-        " the logits with on="
     )

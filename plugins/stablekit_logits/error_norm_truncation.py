@@ -19,7 +19,8 @@ from stablekit.arguments import choice, plugin_name, whole
 from stablekit.forward import Sampling, Slots, modules
 from stablekit_logits._criteria import DIVISORS, ErrorNormLoss, bounds
 from stablekit_logits._criterion_door import CriterionDoor
-from stablekit_logits._error_norms import error_norms, judged, truncation_mask
+from stablekit_logits._error_norms import error_norms, judged, largest_count, truncation_mask
+from stablekit_logits._heads import module_name
 from stablekit_logits._loss_door import LossDoor
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class ErrorNormTruncation:
         threshold: leave out tokens with a larger error norm; 1.1 to 1.35 are of use, sqrt(2) and
             more leave nothing out.
         fraction: or leave out this share of the tokens of each forward pass (micro-batch, rank),
-            from 0 to 1; exactly one of the two is given.
+            from 0 to 1, rounded down to whole tokens: of 8 rows 0.1 is none, which the event
+            "too-few" tells once. Exactly one of the two is given.
         warmup_steps: how many updates are applied before it acts, at least 1: a model that has
             learned nothing is far off everywhere.
         divisor: "valid" leaves the loss divided by the number of all tokens, so that the effective
@@ -92,21 +94,27 @@ class ErrorNormTruncation:
         fraction: float | None = None,
         warmup_steps: int,
         divisor: str = "valid",
-        on: str | None = None,
+        on: str | int | None = None,
         name: str | None = None,
     ) -> None:
         """Check the arguments."""
         self.threshold, self.fraction = bounds(threshold, fraction)
         self.warmup_steps = whole("warmup_steps", warmup_steps, at_least=1)
         self.divisor = choice("divisor", divisor, DIVISORS)
-        self.on = modules.pattern("on", on)
+        self.on = module_name(on)
         self.name = plugin_name(name, "error-norm-truncation")
         self._updates = 0
         self._acts = False
         self._slots: Slots | None = None
         self._sums: Tensor | None = None
+        self._was_told: Tensor | None = None
         self._door: LossDoor | CriterionDoor = (
-            LossDoor(self.name, around=self._around)
+            LossDoor(
+                self.name,
+                around=self._around,
+                instead="compute the loss with stablekit_logits.ErrorNormLoss (compute_loss_func=),"
+                " or name an nn.CrossEntropyLoss that is part of the model with on=",
+            )
             if self.on is None
             else CriterionDoor(self.name, on=self.on, around=self._around)
         )
@@ -128,12 +136,13 @@ class ErrorNormTruncation:
         sampling = Sampling(every=1)
         sampling.attach(session)
         self._slots = Slots(sampling, 1, sums=len(_Sums._fields), device=device)
+        self._was_told = torch.zeros((), dtype=torch.bool, device=device)
         self._has_applied(session.updates)
 
     @hookimpl
-    def observe_gradients(self) -> None:
+    def observe_gradients(self, step: Step) -> None:
         """Make sure that there was a loss, and agree with all ranks on what was left out."""
-        self._door.check()
+        self._door.check(step)
         if self._acts and self._slots is not None:
             self._sums = self._slots.take(reduce=True)[0]
 
@@ -154,16 +163,19 @@ class ErrorNormTruncation:
             step.record("error_norm", sums.norm / sums.valid)
             step.record("loss_kept", sums.loss_kept / (sums.valid - sums.dropped))
             step.record("loss_dropped", sums.loss_dropped / sums.dropped)
+            if self.fraction:
+                self._tell_of_too_few(step, sums)
             self._sums = None
         if self._slots is not None:
             self._slots.clear()
         self._has_applied(step.session.updates)
 
     @hookimpl
-    def on_detach(self) -> None:
+    def on_detach(self, session: Session) -> None:
         """Leave the model as it was."""
-        self._door.close()
-        self._slots = self._sums = None
+        if self._door.session is session:
+            self._door.close(session)
+            self._slots = self._sums = self._was_told = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many updates were applied."""
@@ -199,30 +211,49 @@ class ErrorNormTruncation:
         share = kept / valid.sum() if self.divisor == "valid" else torch.ones_like(loss)
         return torch.where(dropped.any() & (kept == 0), 0.0, loss * share.to(loss.dtype))
 
+    def _tell_of_too_few(self, step: Step, sums: _Sums) -> None:
+        """Emit "too-few" in the first step in which no forward pass had a token to leave out."""
+        assert self._was_told is not None
+        is_idle = (sums.most == 0) & (sums.valid > 0)
+        step.emit(
+            "too-few",
+            f"{self.name}: fraction={self.fraction} of the tokens of a forward pass, rounded down,"
+            " is none, so nothing is left out; take larger (micro-)batches, a larger fraction, or"
+            " threshold=",
+            when=is_idle & ~self._was_told,
+        )
+        self._was_told = self._was_told | is_idle
+
     @torch.no_grad()
     def _count(
         self, valid: Tensor, dropped: Tensor, norms: Tensor, losses: Tensor, *, is_owed: bool
     ) -> None:
         if self._slots is not None:
+            count, share = valid.sum(), self.fraction
             sums = _Sums(
-                valid=valid.sum(),
+                valid=count,
                 dropped=dropped.sum(),
                 norm=norms.sum(),
                 loss_kept=losses.masked_fill(dropped, 0).sum(),
                 loss_dropped=losses.where(dropped, 0).sum(),
-                owed=valid.sum() * is_owed,
+                most=count if share is None else largest_count(count, share),
+                owed=count * is_owed,
                 owed_dropped=dropped.sum() * is_owed,
             )
             self._slots.put(0, torch.stack([one.float() for one in sums]))
 
 
 class _Sums(NamedTuple):
-    """Of the forward passes of a step; what is owed is divided by all tokens of the step."""
+    """Of the forward passes of a step; what is owed is divided by all tokens of the step.
+
+    ``most`` is how many may be left out at all.
+    """
 
     valid: Tensor
     dropped: Tensor
     norm: Tensor
     loss_kept: Tensor
     loss_dropped: Tensor
+    most: Tensor
     owed: Tensor
     owed_dropped: Tensor

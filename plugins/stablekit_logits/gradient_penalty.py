@@ -18,9 +18,12 @@ from stablekit.arguments import choice, flag, number, plugin_name, whole
 from stablekit.errors import AttachError
 from stablekit.forward import Sampling, modules
 from stablekit_logits._criteria import GradientPenaltyLoss
+from stablekit_logits._doors_on import refuse_second
+from stablekit_logits._heads import module_name
 from stablekit_logits._joined import joined
 from stablekit_logits._slopes import gradient_penalty, interpolate, slope_penalty, slopes
 from stablekit_logits._tally import Tally
+from stablekit_logits._use import Use
 
 if TYPE_CHECKING:
     from stablekit import Session, Step
@@ -35,17 +38,23 @@ __all__ = [
 ]
 
 _BATCHES = ("calls", "halves")
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PRIME = 1_000_003
+_WHY = (
+    "it takes pairs of D(real) and D(fake.detach()) with samples that need no gradient; is the"
+    " critic that was attached the one that is trained?"
+)
 
 
 @final
 class GradientPenalty:
     """Add ``weight * mean((||grad D(x)|| - 1) ** 2)`` to the loss of the critic it is attached to.
 
-    For the session of the critic's optimizer. Between two steps the critic is to be called in
-    pairs, once with real and once with generated samples of the same shape, neither of which
-    requires a gradient: ``D(real)`` and ``D(fake.detach())``. Calls with samples that do require
-    one are the generator's turn and left alone.
+    For a session of the critic's optimizer alone, which steps at other times than the generator's.
+    Between two steps the critic is to be called in pairs, once with real and once with generated
+    samples of the same shape, neither of which requires a gradient: ``D(real)`` and
+    ``D(fake.detach())``. Calls with samples that do require one are the generator's turn and left
+    alone.
 
     The penalty joins the graph at the second output of a pair: its gradient flows when that of the
     output does, multiplied by what the loss was multiplied by (``1 / accumulation_steps``, the
@@ -55,8 +64,8 @@ class GradientPenalty:
     plainer.
 
     Not for critics with batch norm, under ``torch.compile`` (no double backward) or with sharded
-    parameters. The points between are drawn anew in every step from its number, so that random
-    numbers of the training are not used up and a resumed run is the same.
+    parameters; they are refused. The points between are drawn anew in every step from its number,
+    so that random numbers of the training are not used up and a resumed run is the same.
 
     Metrics: ``penalty``, without the weight; ``slope``, the mean slope, near 1 if all is well.
 
@@ -65,7 +74,7 @@ class GradientPenalty:
         one_sided: let slopes below 1 be.
         on: name of the critic; None is the model of the session.
         batches: "calls": two calls are a pair; "halves": every call holds both batches, one half
-            each, in either order.
+            each, in either order, as in ``D(torch.cat([real, fake]))``.
         loss_factor: what the loss is multiplied by before ``backward``, for a critic with another
             loss; 1 without gradient accumulation and without a GradScaler. None reads it off.
         seed: of the points between.
@@ -74,8 +83,8 @@ class GradientPenalty:
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range; or, in use, the batches are no pair.
-        AttachError: The critic is compiled or sharded; or, in use, it was not called in pairs, or
-            has another loss.
+        AttachError: The critic is compiled or sharded or has batch norm, or this plugin acts on
+            it for another session; or, in use, it was not called in pairs, or has another loss.
 
     Example:
         >>> import stablekit
@@ -97,7 +106,7 @@ class GradientPenalty:
         weight: float = 10.0,
         *,
         one_sided: bool = False,
-        on: str | None = None,
+        on: str | int | None = None,
         batches: str = "calls",
         loss_factor: float | None = None,
         seed: int = 0,
@@ -106,7 +115,7 @@ class GradientPenalty:
         """Check the arguments."""
         self.weight = number("weight", weight, at_least=0)
         self.one_sided = flag("one_sided", one_sided)
-        self.on = modules.pattern("on", on)
+        self.on = module_name(on)
         self.batches = choice("batches", batches, _BATCHES)
         self.loss_factor = loss_factor
         if loss_factor is not None:
@@ -115,10 +124,11 @@ class GradientPenalty:
         self.name = plugin_name(name, "gradient-penalty")
         self._tally = Tally("penalty", "slope")
         self._sampling = Sampling(every=1)
+        self._use = Use(self.name)
+        self._critic: nn.Module | None = None
         self._handle: Any = None
         self._first: Tensor | None = None
         self._pairs = 0
-        self._was_used = False
         self._is_other: Tensor | None = None
 
     @classmethod
@@ -134,7 +144,9 @@ class GradientPenalty:
             AttachError: It is none that can be taken.
         """
         critic = _critic(modules.model_of(session, self.name), self.on, self.name)
-        self._was_used, self._pairs, self._first = False, 0, None
+        refuse_second(session, self.name)
+        self._critic, self._pairs, self._first = critic, 0, None
+        self._use.start()
         self._is_other = torch.zeros((), dtype=torch.bool, device=modules.device_of(critic))
         self._handle = critic.register_forward_hook(_Hook(self))
         self._sampling.attach(session)
@@ -143,18 +155,21 @@ class GradientPenalty:
     @hookimpl
     def observe_gradients(self, step: Step) -> None:
         """Raise where there were no pairs, or no loss the penalty could be weighed against."""
-        if self._first is not None or not self._was_used:
+        assert self._critic is not None
+        if self._first is not None:
             self._first = None
-            calls = "an odd number of calls" if self._was_used else "no call"
             raise AttachError(
-                f"{self.name} saw {calls} of the critic with samples that need no gradient since"
-                " the last step; it takes pairs of D(real) and D(fake.detach())"
+                f"{self.name} saw an odd number of calls of the critic with samples that need no"
+                " gradient since the last step; it takes pairs of D(real) and D(fake.detach())."
+                " Where one call holds both, D(torch.cat([real, fake])), give batches='halves'"
             )
+        self._use.check(step, self._critic, "the critic", lambda: _WHY)
         assert self._is_other is not None
         is_other, self._is_other = self._is_other, torch.zeros_like(self._is_other)
         what = (
             f"{self.name} adds its penalty to the loss D(fake).mean() - D(real).mean(), and the"
             " critic has another one; give loss_factor=, what it is multiplied by before backward"
+            " (1 without gradient accumulation and without a GradScaler)"
         )
         if step.session.host and bool(is_other):
             raise AttachError(what)
@@ -167,19 +182,26 @@ class GradientPenalty:
         self._pairs = 0
 
     @hookimpl
-    def on_detach(self) -> None:
+    def on_detach(self, session: Session) -> None:
         """Leave the critic as it was."""
-        if self._handle is not None:
-            self._handle.remove()
+        if self._sampling.session is not session:
+            return
+        self._handle.remove()
         self._sampling.detach()
         self._tally.close()
-        self._handle = self._first = self._is_other = None
+        self._handle = self._critic = self._first = self._is_other = None
+
+    @property
+    def session(self) -> Session | None:
+        """The session it acts for."""
+        return self._sampling.session
 
     def after_forward(self, critic: nn.Module, samples: Tensor, output: Tensor) -> Tensor:
         """Return a critic's output; that of a pair is joined by the penalty."""
-        if not self._sampling.looks_at(critic) or samples.requires_grad or not output.requires_grad:
+        if samples.requires_grad or not output.requires_grad:
             return output
-        self._was_used = True
+        if not self._use.looks(self._sampling, critic):
+            return output
         real, fake = self._pair(samples)
         if not self.weight:
             return output
@@ -230,6 +252,11 @@ class _Hook:
             )
         return self.plugin.after_forward(module, inputs[0], output)
 
+    def doors_open(self) -> list[tuple[str, Session]]:
+        """Return the plugin that acts here and its session, none in a copied model."""
+        session = None if self.plugin is None else self.plugin.session
+        return [] if self.plugin is None or session is None else [(self.plugin.name, session)]
+
     def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
         return _Hook, (None,)
 
@@ -243,6 +270,12 @@ def _critic(model: nn.Module, on: str | None, plugin: str) -> nn.Module:
         raise AttachError(
             f"{plugin} needs the gradient of a gradient, which torch.compile does not give; attach"
             " it to a critic that is not compiled"
+        )
+    norm = next((one for one in critic.modules() if isinstance(one, _BATCH_NORMS)), None)
+    if norm is not None:
+        raise AttachError(
+            f"{plugin} takes no critic with {type(norm).__name__}, which makes the slope at one"
+            " sample depend on the others; use nn.LayerNorm, nn.GroupNorm or nn.InstanceNorm there"
         )
     if any(hasattr(param, "full_tensor") for param in critic.parameters()):
         raise AttachError(f"{plugin} takes no critic with sharded parameters")

@@ -20,6 +20,7 @@ from stablekit.errors import AttachError
 from stablekit.forward import modules
 from stablekit_logits._criteria import LogitClipLoss
 from stablekit_logits._door import door
+from stablekit_logits._heads import module_name, output_embedding
 from stablekit_logits._logit_norms import checked, clip_logits, lowest_loss, row_norms
 
 if TYPE_CHECKING:
@@ -80,15 +81,22 @@ class LogitClip:
         *,
         p: float = 2.0,
         form: str = "paper",
-        on: str | None = None,
+        on: str | int | None = None,
         name: str | None = None,
     ) -> None:
         """Check the arguments."""
         self.tau, self.p, self.form = checked(tau, p, form)
-        self.on = modules.pattern("on", on)
+        self.on = module_name(on)
         self.name = plugin_name(name, "logit-clip")
         self._door = door(
-            self.name, "clipped", "norm", on=self.on, around=self._around, through=self._through
+            self.name,
+            "clipped",
+            "norm",
+            on=self.on,
+            around=self._around,
+            through=self._through,
+            instead=f"name the module that makes the logits with on= ({self.name}:on={{head}}), or"
+            " compute the loss with stablekit_logits.LogitClipLoss",
         )
 
     @classmethod
@@ -107,9 +115,9 @@ class LogitClip:
         self._door.open(session)
 
     @hookimpl
-    def observe_gradients(self) -> None:
+    def observe_gradients(self, step: Step) -> None:
         """Make sure that there were logits."""
-        self._door.check()
+        self._door.check(step)
 
     @hookimpl
     def on_step_end(self, step: Step) -> None:
@@ -118,9 +126,9 @@ class LogitClip:
         step.record("threshold", self.tau)
 
     @hookimpl
-    def on_detach(self) -> None:
+    def on_detach(self, session: Session) -> None:
         """Leave the model as it was."""
-        self._door.close()
+        self._door.close(session)
 
     def _around(self, call: LossCall) -> Tensor:
         valid = (call.targets() != call.ignore_index).unsqueeze(-1)
@@ -150,14 +158,7 @@ class LogitClip:
 
 def _vocabulary(model: nn.Module, on: str | None) -> int:
     """Return how many words the clipped logits are over, 0 where they are those of a classifier."""
-    head = next(
-        (
-            found
-            for module in model.modules()
-            if isinstance(found := _output_embedding(module), nn.Module)
-        ),
-        None,
-    )
+    head = output_embedding(model)
     if head is None:
         return 0
     width = modules.width_of(head)
@@ -165,12 +166,6 @@ def _vocabulary(model: nn.Module, on: str | None) -> int:
         return width
     named = modules.matching(model, on, argument="on").values()
     return width if any(one is head or one is model for one in named) else 0
-
-
-def _output_embedding(module: nn.Module) -> nn.Module | None:
-    find = getattr(module, "get_output_embeddings", None)
-    found: nn.Module | None = None if find is None else find()
-    return found
 
 
 def _smallest_tau(words: int, p: float, form: str) -> float:

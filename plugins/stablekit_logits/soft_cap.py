@@ -18,6 +18,7 @@ from stablekit.arguments import number, plugin_name
 from stablekit.errors import AttachError
 from stablekit.forward import modules
 from stablekit_logits._door import OutputDoor
+from stablekit_logits._heads import module_name
 
 if TYPE_CHECKING:
     from stablekit import Session, Step
@@ -107,11 +108,11 @@ class SoftCap:
     cost = "in every forward pass a tanh of the logits, and a comparison; one reduction over ranks"
 
     def __init__(
-        self, cap: float = 30.0, *, on: str | None = None, name: str | None = None
+        self, cap: float = 30.0, *, on: str | int | None = None, name: str | None = None
     ) -> None:
         """Check the arguments."""
         self.cap = number("cap", cap, above=0)
-        self.on = modules.pattern("on", on)
+        self.on = module_name(on)
         self.name = plugin_name(name, "soft-cap")
         self._door = OutputDoor(
             self.name,
@@ -133,9 +134,9 @@ class SoftCap:
         self._door.open(session)
 
     @hookimpl
-    def observe_gradients(self) -> None:
+    def observe_gradients(self, step: Step) -> None:
         """Refuse to train on logits that are not capped."""
-        self._door.check()
+        self._door.check(step)
 
     @hookimpl
     def on_step_end(self, step: Step) -> None:
@@ -143,9 +144,9 @@ class SoftCap:
         self._door.tally.record(step)
 
     @hookimpl
-    def on_detach(self) -> None:
+    def on_detach(self, session: Session) -> None:
         """Let the model go."""
-        self._door.close()
+        self._door.close(session)
 
     def _through(self, logits: Tensor) -> Tensor:
         with torch.no_grad():

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from stablekit import hookimpl
 from stablekit.arguments import choice, number, plugin_name
 from stablekit.errors import AttachError
-from stablekit.forward import modules
 from stablekit_logits._door import LossCall, door
+from stablekit_logits._heads import module_name
 
 if TYPE_CHECKING:
     from stablekit import Session, Step
@@ -164,15 +164,22 @@ class ZLoss:
     cost = "in every forward pass one logsumexp of the logits; one reduction over ranks"
 
     def __init__(
-        self, weight: float = 1e-4, *, on: str | None = None, name: str | None = None
+        self, weight: float = 1e-4, *, on: str | int | None = None, name: str | None = None
     ) -> None:
         """Check the arguments."""
         self.weight = number("weight", weight, at_least=0)
-        self.on = modules.pattern("on", on)
+        self.on = module_name(on)
         self.name = plugin_name(name, "z-loss")
         metrics = ("z", "ce") if self.on is None else ("z",)
         self._door = door(
-            self.name, *metrics, on=self.on, around=self._around, through=self._through
+            self.name,
+            *metrics,
+            on=self.on,
+            around=self._around,
+            through=self._through,
+            instead=f"name the module that makes the logits with on= ({self.name}:on={{head}}; that"
+            " one does not know what the loss is multiplied with: divide weight by the number of"
+            " micro-batches a step, use no GradScaler), or add stablekit_logits.z_loss to the loss",
         )
 
     @classmethod
@@ -186,9 +193,16 @@ class ZLoss:
         self._door.open(session)
 
     @hookimpl
-    def observe_gradients(self) -> None:
-        """Refuse to train on a loss without the term."""
-        self._door.check()
+    def observe_gradients(self, step: Step) -> None:
+        """Refuse to train on a loss without the term, or with one that is lost beside the loss."""
+        self._door.check(step)
+        optimizers = step.session.optimizers if self.on is not None and self.weight else ()
+        if any(getattr(one, "grad_scale", None) is not None for one in optimizers):
+            raise AttachError(
+                f"{self.name}: a GradScaler multiplies the loss, and the term that on={self.on!r}"
+                " adds to the gradient is not multiplied; use the loss function (on=None),"
+                " bfloat16 without a scaler, or stablekit_logits.z_loss in the loss"
+            )
 
     @hookimpl
     def on_step_end(self, step: Step) -> None:
@@ -196,9 +210,9 @@ class ZLoss:
         self._door.tally.record(step)
 
     @hookimpl
-    def on_detach(self) -> None:
+    def on_detach(self, session: Session) -> None:
         """Let the model go."""
-        self._door.close()
+        self._door.close(session)
 
     def _around(self, call: LossCall) -> Tensor:
         targets = call.targets()

@@ -226,3 +226,17 @@ def test_a_copy_of_the_model_has_hooks_of_its_own() -> None:
     assert torch.equal(logits(twin), expected)
     assert not torch.equal(logits(model), expected)
     check(twin)
+
+
+def test_the_same_surgery_under_two_names_is_refused() -> None:
+    with pytest.raises(AttachError, match="b cannot be made twice"):
+        apply(llama(), QKNorm(name="a"), QKNorm(name="b"))
+
+
+def test_two_models_in_one_module_are_operated_on_one_by_one() -> None:
+    both = torch.nn.ModuleDict({"a": llama(), "b": llama()})
+    with pytest.raises(AttachError, match=r"a\.model\.layers, b\.model\.layers"):
+        apply(both, QKNorm())
+    for one in both.values():
+        apply(one, QKNorm())
+    assert all(hasattr(m, "q_norm") for n, m in both.named_modules() if n.endswith("self_attn"))

@@ -43,8 +43,8 @@ class Scale:
         self.door.open(session)
 
     @stablekit.hookimpl
-    def on_detach(self) -> None:
-        self.door.close()
+    def on_detach(self, session: Session) -> None:
+        self.door.close(session)
 
     def _around(self, call: LossCall) -> Tensor:
         return call.loss(logits=(call.logits + self.term) * self.factor)
@@ -90,7 +90,8 @@ def test_they_leave_in_any_order_without_a_trace(order: tuple[int, ...], own: bo
         model.loss_function = causal_loss
     before, keys = dict(model.__dict__), list(model.state_dict())
     plain = model(ids, ids)
-    sessions = [stablekit.attach(rate(model), ZLoss(0.1), model=model) for _ in range(3)]
+    plugins = [ZLoss(0.1, name=f"z{place}") for place in range(3)]
+    sessions = [stablekit.attach(rate(model), plugin, model=model) for plugin in plugins]
     for place, which in enumerate(order):
         term = model(ids, ids) - plain
         torch.testing.assert_close(term / (3 - place), (model(ids, ids) - plain) / (3 - place))
@@ -180,7 +181,7 @@ def test_the_error_names_the_ways_that_remain() -> None:
     optimizer = rate(model)
     stablekit.attach(optimizer, ZLoss(), model=model)
     causal_loss(model(ids), ids).backward()
-    with pytest.raises(AttachError, match=r"compute_loss_func.*on=lm_head.*plain function"):
+    with pytest.raises(AttachError, match=r"compute_loss_func.*on=head; .*z_loss to the loss"):
         optimizer.step()
 
 

@@ -211,6 +211,18 @@ def test_nothing_is_measured_before_the_warm_up_is_over() -> None:
     assert f"{NAME}/dropped" not in session.metrics()
 
 
+@pytest.mark.parametrize("options", [{}, {"device_mode": True}])
+@pytest.mark.parametrize(("fraction", "told"), [(0.08, [3]), (0.09, []), (0.0, [])])
+def test_a_share_of_less_than_one_sample_is_told_of_once(
+    fraction: float, told: list[int], options: dict[str, Any]
+) -> None:
+    plugin = ErrorNormTruncation(fraction=fraction, warmup_steps=2, on="loss")
+    _, _, session = fit(classifier(), plugin, steps=5, **options)  # of 12 samples
+    assert session.metrics()[f"{NAME}/dropped"] == pytest.approx(1 / 12 if fraction > 1 / 12 else 0)
+    assert [event.step for event in session.events] == told
+    assert all(event.kind == "too-few" for event in session.events)
+
+
 @pytest.mark.parametrize("divisor", ["valid", "kept"])
 def test_where_all_are_left_out_nothing_moves(divisor: str) -> None:
     plugin = ErrorNormTruncation(0.0, divisor=divisor, warmup_steps=1, on="loss")
@@ -267,8 +279,8 @@ def test_a_resumed_run_is_the_same() -> None:
     ("module", "words"),
     [
         (nn.MSELoss(), "takes an nn.CrossEntropyLoss"),
-        (nn.CrossEntropyLoss(reduction="sum"), "reduction='mean'"),
-        (nn.CrossEntropyLoss(weight=torch.ones(5)), "without class weights"),
+        (nn.CrossEntropyLoss(reduction="sum"), "'loss' has reduction='sum'. Use"),
+        (nn.CrossEntropyLoss(weight=torch.ones(5)), "'loss' has class weights"),
     ],
 )
 def test_other_losses_are_refused(module: nn.Module, words: str) -> None:
@@ -279,6 +291,17 @@ def test_other_losses_are_refused(module: nn.Module, words: str) -> None:
         stablekit.attach(
             optimizer, ErrorNormTruncation(1.2, warmup_steps=1, on="loss"), model=model
         )
+
+
+def test_where_one_of_several_losses_is_refused_none_is_listened_to() -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.losses = nn.ModuleList([nn.CrossEntropyLoss(), nn.MSELoss()])
+    with pytest.raises(AttachError, match=r"'losses\.1' is a MSELoss"):
+        stablekit.attach(
+            optimizer, ErrorNormTruncation(1.2, warmup_steps=1, on="losses.*"), model=model
+        )
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 # ---- on the loss function of a language model

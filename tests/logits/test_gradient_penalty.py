@@ -261,7 +261,7 @@ def test_another_loss_needs_its_factor() -> None:
     optimizer = torch.optim.SGD(critic.parameters(), lr=0.05)
     stablekit.attach(optimizer, GradientPenalty(), model=critic)
     hinge(critic, 0).backward()
-    with pytest.raises(AttachError, match="loss_factor"):
+    with pytest.raises(AttachError, match=r"loss_factor=.*1 without gradient accumulation"):
         optimizer.step()
 
     critic, by_hand = Critic(), Critic()
@@ -303,7 +303,7 @@ def test_calls_that_are_no_pairs_are_an_error(calls: int) -> None:
     optimizer = torch.optim.SGD(critic.parameters(), lr=0.05)
     stablekit.attach(optimizer, GradientPenalty(), model=critic)
     sum((critic(pair(n)[0]).mean() for n in range(calls)), start=torch.zeros(())).square()
-    words = "odd number of calls" if calls else "no call"
+    words = "odd number of calls.*batches='halves'" if calls else "did not call it"
     with pytest.raises(AttachError, match=words):
         optimizer.step()
 
@@ -320,6 +320,11 @@ def test_batches_and_critics_it_cannot_take_are_refused() -> None:
         pytest.raises(ValueError, match="two halves, got 5"),
     ):
         critic(torch.zeros(5, 3))
+    for norm in (nn.BatchNorm1d(3), nn.SyncBatchNorm(3)):
+        mixing = nn.Sequential(nn.Linear(3, 3), norm)
+        its = torch.optim.SGD(mixing.parameters())
+        with pytest.raises(AttachError, match=r"BatchNorm.*use nn\.LayerNorm"):
+            stablekit.attach(its, GradientPenalty(), model=mixing)
     critic.compile(backend="eager")
     with pytest.raises(AttachError, match="not compiled"):
         stablekit.attach(optimizer, GradientPenalty(), model=critic)

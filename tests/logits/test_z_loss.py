@@ -103,7 +103,7 @@ def test_the_module_leaves_it_out_of_evaluation() -> None:
     [
         (lambda: ZLoss(-1.0), ValueError),
         (lambda: ZLoss("0.1"), TypeError),  # type: ignore[arg-type]
-        (lambda: ZLoss(on=3), TypeError),  # type: ignore[arg-type]
+        (lambda: ZLoss(on=3.5), TypeError),  # type: ignore[arg-type]
         (lambda: ZLossCrossEntropy(float("inf")), ValueError),
         (lambda: ZLossCrossEntropy(reduction="median"), ValueError),
         (lambda: z_loss(LOGITS, reduction="median"), ValueError),
@@ -208,3 +208,19 @@ def test_weight_zero_records_and_changes_nothing() -> None:
 @pytest.mark.parametrize("weight", [0.0, 1e-4])
 def test_the_contract_is_kept(weight: float) -> None:
     check_plugin(lambda: ZLoss(weight, on=""))
+
+
+def test_a_scaler_that_a_module_cannot_know_of_is_refused() -> None:
+    model, ids = Speaker(), words()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for on in ("head", None):
+        with stablekit.attach(optimizer, ZLoss(0.1, on=on), model=model) as session:
+            scaler.scale(model(ids, ids)).backward()
+            if on is None:
+                scaler.step(optimizer)
+                assert session.updates == 1
+                continue
+            with pytest.raises(AttachError, match=r"on='head'.*is not multiplied"):
+                scaler.step(optimizer)
+        scaler.update()
