@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, final
 
 from transformers import TrainerCallback
 
-import stablekit
 from stablekit.errors import AttachError, StateWarning
 from stablekit_transformers import _checkpoint
-from stablekit_transformers._clipping import BuiltInClipping, substitute
+from stablekit_transformers._clipping import BuiltInClipping
+from stablekit_transformers._losses import PartialLosses
+from stablekit_transformers._names import refuse_misspelt
 from stablekit_transformers._report import Reporter, merge_metrics
+from stablekit_transformers._sessions import Sessions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +38,11 @@ class StableKitCallback(TrainerCallback):
     to ``max_grad_norm`` instead; it is given back when training ends. Plugin state travels in
     ``optimizer.pt``; events become warnings in the log, at most 20 of them.
 
+    When training ends the session is detached: optimizer and model are as without plugins, for
+    whatever uses them next, and what changes the model while attached (``soft-cap``) has ended.
+    Another ``train()`` with the same optimizer goes on where plugins were. A training that raised
+    leaves it attached: :meth:`detach`.
+
     A callback does not see the trainer, so it cannot put metrics into TensorBoard or W&B, blame a
     NaN on the one tensor that has it, or restore state from a checkpoint that was moved without
     ``args.resume_from_checkpoint`` saying where to. :func:`stablekit_transformers.attach` can.
@@ -45,8 +52,11 @@ class StableKitCallback(TrainerCallback):
         **options: further arguments of :func:`stablekit.attach`; ``model`` is given by Trainer.
 
     Raises:
+        ValueError: A string names no plugin, or one with arguments out of range.
+        TypeError: It has arguments of the wrong kind.
         AttachError: when training begins: another session holds the optimizer, perhaps that of a
             second ``StableKitCallback``.
+        StateError: when training resumes from what a model with other surgeries has left.
 
     Example:
         >>> from stablekit_transformers import StableKitCallback
@@ -57,55 +67,52 @@ class StableKitCallback(TrainerCallback):
 
     def __init__(self, *plugins: Any, **options: Any) -> None:  # noqa: ANN401 - as stablekit.attach
         """Keep the arguments until there is an optimizer."""
-        self.plugins = plugins
-        self.options = options
+        refuse_misspelt(plugins)
         self.sees_trainer = False
+        self.is_off = False
         self.clipping = BuiltInClipping()
-        self._session: Session | None = None
-        self._pristine: dict[str, Any] = {}
+        self._sessions = Sessions(plugins, options, self.clipping)
+        self._losses = PartialLosses()
         self._reporter = Reporter()
         self._said = False
 
     @property
     def session(self) -> Session:
-        """The session; it stays after training, for its events and metrics.
+        """The session of the latest training, detached when that is over.
+
+        Events, metrics and ``summary()`` stay readable.
 
         Raises:
             AttachError: Training has not begun.
         """
-        if self._session is None:
+        session = self._sessions.latest
+        if session is None:
             raise AttachError("there is no session before training begins; call trainer.train()")
-        return self._session
+        return session
 
-    def begin(self, optimizer: Any, model: nn.Module, args: TrainingArguments) -> bool:  # noqa: ANN401 - maybe wrapped
+    def detach(self) -> None:
+        """Leave the rest of this training and all that follow alone; a second call does nothing."""
+        self.is_off = True
+        self._losses.end()
+        self.clipping.give_back()
+        self._sessions.end()
+
+    def begin(
+        self,
+        optimizer: Any,  # noqa: ANN401 - maybe wrapped
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        resumed: bool = False,
+    ) -> bool:
         """Attach to an optimizer unless that was done before, and tell whether it was done now.
 
         Raises:
             AttachError: Another session holds the optimizer.
         """
-        found = _session_of(optimizer)
-        if found is not None and found is self._session:
+        if self.is_off:
             return False
-        if found is not None:
-            raise AttachError(
-                f"this optimizer has a session already, with {', '.join(found.plugins) or 'no'}"
-                " plugins: list all plugins in one StableKitCallback or one attach(trainer, ...)"
-            )
-        if self._session is not None:
-            self._session.detach()
-        options = {**_following(args), **self.options}
-        session = stablekit.attach(optimizer, *self.plugins, model=model, **options)
-        limit = self.clipping.limit(args)
-        if clipper := substitute(session, limit, tell=args.should_log):
-            session.detach()
-            plugins = (*self.plugins, *clipper)
-            session = stablekit.attach(optimizer, *plugins, model=model, **options)
-        if self._session is None:
-            self._pristine = session.state_dict()
-        else:  # plugins given as instances have learned from the optimizer before
-            session.load_state_dict(self._pristine)
-        self._session = session
-        return True
+        return self._sessions.begin(optimizer, model, args, resumed=resumed)
 
     def on_train_begin(
         self,
@@ -118,18 +125,31 @@ class StableKitCallback(TrainerCallback):
         **_: Any,  # noqa: ANN401 - whatever Trainer passes
     ) -> None:
         """Attach, take over clipping, and continue from the checkpoint that was loaded."""
+        if self.is_off:
+            return
         resumed = state.global_step > 0
-        with warnings.catch_warnings():
-            if resumed:  # restoring is the next thing to happen
-                warnings.simplefilter("ignore", StateWarning)
-            is_new = self.begin(optimizer, model, args)
+        if resumed and not self.sees_trainer:
+            _checkpoint.refuse_other_model(model, args, state)
+        is_new = self.begin(optimizer, model, args, resumed=resumed)
         if not self.sees_trainer:
+            self._losses.begin(model)
             self.clipping.set_aside(args, self.session)
             self._say_limits(args)
         if is_new and resumed:
             self._restore(args, state)
         _checkpoint.mark(state, args)
         self._reporter.begin(self.session)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,  # noqa: ANN401 - whatever Trainer passes
+    ) -> None:
+        """Give the session the loss of the step."""
+        if not self.is_off:
+            self._losses.give(self.session, args)
 
     def on_step_end(
         self,
@@ -139,7 +159,7 @@ class StableKitCallback(TrainerCallback):
         **_: Any,  # noqa: ANN401 - whatever Trainer passes
     ) -> None:
         """Log what was emitted in this step."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not self.is_off:
             self._reporter.tell(self.session)
 
     def on_log(
@@ -151,9 +171,11 @@ class StableKitCallback(TrainerCallback):
         **_: Any,  # noqa: ANN401 - whatever Trainer passes
     ) -> None:
         """Add metrics to the history, and for the callbacks that come after this one."""
-        if self._session is not None and logs is not None and "loss" in logs:
-            merge_metrics(logs, self._session)
-            merge_metrics(state.log_history[-1], self._session)
+        if self.is_off or self._sessions.latest is None:
+            return
+        if logs is not None and "loss" in logs:
+            merge_metrics(logs, self.session)
+            merge_metrics(state.log_history[-1], self.session)
 
     def on_save(
         self,
@@ -163,7 +185,7 @@ class StableKitCallback(TrainerCallback):
         **_: Any,  # noqa: ANN401 - whatever Trainer passes
     ) -> None:
         """Write the plugins' state where no ``optimizer.pt`` could take it along."""
-        if args.should_save and not args.save_only_model:
+        if args.should_save and not args.save_only_model and not self.is_off:
             _checkpoint.write_beside(self.session, args, state)
 
     def on_train_end(
@@ -173,12 +195,14 @@ class StableKitCallback(TrainerCallback):
         control: TrainerControl,
         **_: Any,  # noqa: ANN401 - whatever Trainer passes
     ) -> None:
-        """Give ``max_grad_norm`` back; the session stays for its events and another ``train()``."""
-        self.clipping.give_back(args)
+        """Give everything back, and keep what another ``train()`` goes on with."""
+        self.clipping.give_back()
+        self._losses.end()
+        self._sessions.end()
 
     def restore_beside(self, folder: str) -> None:
         """Continue from a checkpoint that has no ``optimizer.pt`` to carry the plugins' state."""
-        saved = _checkpoint.read_beside(folder)
+        saved = None if self.is_off else _checkpoint.read_beside(folder)
         if saved is not None:
             self.session.load_state_dict(saved, strict=False)
 
@@ -197,16 +221,3 @@ class StableKitCallback(TrainerCallback):
             )
         else:
             self.session.load_state_dict(saved, strict=False)
-
-
-def _following(args: TrainingArguments) -> dict[str, Any]:
-    """Return the options that depend on the device: under FSDP parameters get there later."""
-    on_host = args.device.type == "cpu"
-    return {"device_mode": not on_host, "log_every": 1 if on_host else 10}
-
-
-def _session_of(optimizer: Any) -> Session | None:  # noqa: ANN401 - as stablekit.session
-    try:
-        return stablekit.session(optimizer)
-    except AttachError:
-        return None

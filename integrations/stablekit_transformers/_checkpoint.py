@@ -15,21 +15,58 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from stablekit.errors import StateError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
     from transformers import TrainerState, TrainingArguments
 
     from stablekit import Session
 
 KEY = "stablekit"
+_SURGERIES = "stablekit_surgery"  # the field of a model's configuration that names them
 _BESIDE = "stablekit.pt"
+_NO_STATE = object()
 
 
 def mark(state: TrainerState, args: TrainingArguments) -> None:
     """Let the checkpoints of this training say whose they are."""
     place = {"run": uuid.uuid4().hex, "output_dir": str(_output_dir(args))}
     _marks(state)[KEY] = {"args": {}, "attributes": place}
+
+
+def refuse_other_model(model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+    """Refuse to resume from what was saved with other surgeries than the model has.
+
+    Raises:
+        StateError: Trainer has loaded the weights that fit, which is not the model that was saved.
+    """
+    ours = _marks(state).get(KEY)
+    output_dir = ours["attributes"]["output_dir"] if ours else _output_dir(args)
+    for folder in dict.fromkeys(_candidates(args, state, str(output_dir))):
+        if _mark_of(folder, state.global_step) == ours:
+            refuse_surgeries(model, folder)
+
+
+def refuse_surgeries(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a checkpoint of a model that had other surgeries.
+
+    Raises:
+        StateError: So it is.
+    """
+    file, config = Path(folder, "config.json"), getattr(model, "config", None)
+    if config is None or not file.is_file():
+        return
+    saved = json.loads(file.read_text(encoding="utf-8")).get(_SURGERIES) or []
+    made = json.loads(json.dumps(getattr(config, _SURGERIES, None) or []))
+    if saved != made:
+        raise StateError(
+            f"{folder} was saved from a model with the surgeries {_names(saved)}, this model has"
+            f" {_names(made)}: its weights do not fit. Make the same surgeries"
+            " (stablekit_layers.apply) before Trainer gets the model"
+        )
 
 
 def find(args: TrainingArguments, state: TrainerState) -> tuple[dict[str, Any] | None, str]:
@@ -65,6 +102,10 @@ def read_beside(folder: str | Path) -> dict[str, Any] | None:
     return dict(torch.load(beside, weights_only=True, map_location="cpu"))
 
 
+def _names(surgeries: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{one['name']} {one['arguments']}" for one in surgeries) or "none"
+
+
 def _candidates(args: TrainingArguments, state: TrainerState, output_dir: str) -> Iterator[Path]:
     name = f"checkpoint-{state.global_step}"
     if args.resume_from_checkpoint:
@@ -85,10 +126,10 @@ def _marks(state: TrainerState) -> dict[str, Any]:
 def _mark_of(folder: Path, step: int) -> Any:  # noqa: ANN401 - parsed JSON
     file = folder / "trainer_state.json"
     if not file.is_file():
-        return None
+        return _NO_STATE
     state = json.loads(file.read_text(encoding="utf-8"))
     marks = state.get("stateful_callbacks") or {}
-    return marks.get(KEY) if state.get("global_step") == step else None
+    return marks.get(KEY) if state.get("global_step") == step else _NO_STATE
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

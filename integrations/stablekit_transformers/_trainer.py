@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stablekit.errors import AttachError
 from stablekit_transformers._callback import StableKitCallback
+from stablekit_transformers._checkpoint import refuse_surgeries
 from stablekit_transformers._clipping import norm_only
 from stablekit_transformers._report import merge_metrics
 
@@ -21,7 +22,7 @@ def attach(trainer: Trainer, *plugins: Any, **options: Any) -> StableKitCallback
     before Trainer's clipping, which only measures from now on (``max_grad_norm`` is applied by
     ``global-norm`` if no plugin transforms gradients); metrics go where ``trainer.log`` goes;
     ``step.loss`` is what Trainer optimizes; plugin state is restored with the optimizer's, from
-    whatever checkpoint Trainer loads.
+    whatever checkpoint Trainer loads. ``callback.detach()`` ends it.
 
     Args:
         trainer: a Trainer, or one derived from it.
@@ -30,6 +31,8 @@ def attach(trainer: Trainer, *plugins: Any, **options: Any) -> StableKitCallback
 
     Raises:
         AttachError: The trainer has a ``StableKitCallback`` already.
+        ValueError: A string names no plugin, or one with arguments out of range.
+        TypeError: It has arguments of the wrong kind.
 
     Example:
         >>> import stablekit_transformers
@@ -37,7 +40,10 @@ def attach(trainer: Trainer, *plugins: Any, **options: Any) -> StableKitCallback
         >>> # trainer.train()
         >>> # print(kit.session.summary())
     """
-    if any(isinstance(one, StableKitCallback) for one in trainer.callback_handler.callbacks):
+    if any(
+        isinstance(one, StableKitCallback) and not one.is_off
+        for one in trainer.callback_handler.callbacks
+    ):
         raise AttachError(
             "this trainer has a StableKitCallback already; list all plugins in one attach(...)"
         )
@@ -50,7 +56,9 @@ def attach(trainer: Trainer, *plugins: Any, **options: Any) -> StableKitCallback
     _log_metrics(trainer, callback)
     if not options.get("dry_run"):
         accelerator = trainer.accelerator
-        accelerator.clip_grad_norm_ = norm_only(accelerator, accelerator.clip_grad_norm_)
+        accelerator.clip_grad_norm_ = norm_only(
+            accelerator, accelerator.clip_grad_norm_, lambda: callback.is_off
+        )
     return callback
 
 
@@ -71,6 +79,8 @@ def _restore_with_optimizer(trainer: Any, callback: StableKitCallback) -> None: 
     load = trainer._load_optimizer_and_scheduler
 
     def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
+        if checkpoint is not None and not callback.is_off:
+            refuse_surgeries(trainer.model, checkpoint)
         load(checkpoint)
         if checkpoint is not None:
             callback.restore_beside(checkpoint)
@@ -84,7 +94,8 @@ def _observe_losses(trainer: Any, callback: StableKitCallback) -> None:  # noqa:
     def training_step(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - as Trainer's
         loss: Tensor = take(model, *args, **kwargs)
         # Trainer has divided it by the number of micro-batches, and a session takes their mean.
-        callback.session.observe(loss=loss * trainer.current_gradient_accumulation_steps)
+        if not callback.is_off:
+            callback.session.observe(loss=loss * trainer.current_gradient_accumulation_steps)
         return loss
 
     trainer.training_step = training_step
@@ -94,7 +105,7 @@ def _log_metrics(trainer: Any, callback: StableKitCallback) -> None:  # noqa: AN
     log = trainer.log
 
     def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as Trainer's
-        if "loss" in logs:
+        if "loss" in logs and not callback.is_off:
             merge_metrics(logs, callback.session)
         log(logs, *args, **kwargs)
 

@@ -25,8 +25,9 @@ def joined(
         rows: how many rows of the output that mean is over; the next as many are in another one.
         loss_factor: what the loss is multiplied by; None takes the sum of the gradient of the first
             rows, without its sign.
-        is_other: 0-dim bool, set where ``loss_factor`` is None and the gradient is not the same
-            in all of these rows, so that the loss is no mean of them.
+        is_other: 0-dim bool, set where ``loss_factor`` is None and the gradient is zero or not the
+            same in all of these rows, or not as large in the next, so that the loss is no mean of
+            them, or of one less the other.
 
     Example:
         >>> output, term = torch.ones(4, requires_grad=True), torch.ones((), requires_grad=True)
@@ -62,7 +63,9 @@ class _Joined(torch.autograd.Function):
             factor = torch.full((), ctx.loss_factor, dtype=ctx.kind, device=grad.device)
             return grad, factor, None, None, None
         parts = grad.split(ctx.rows)
+        sums = [part.sum(dtype=ctx.kind).abs() for part in parts]
         if ctx.is_other is not None:
-            for part in parts:
+            for part, total in zip(parts, sums, strict=True):
                 ctx.is_other.logical_or_(part.amax() != part.amin())
-        return grad, parts[0].sum(dtype=ctx.kind).abs(), None, None, None
+                ctx.is_other.logical_or_((total != sums[0]) | (total == 0))
+        return grad, sums[0], None, None, None

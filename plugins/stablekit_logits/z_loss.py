@@ -126,7 +126,7 @@ class ZLoss:
     On the loss function of a model of transformers: rows with the label -100 do not count, and the
     sum over rows is divided as the cross entropy is, by ``num_items_in_batch`` where Trainer gives
     it, so that gradient accumulation makes no difference. Evaluation losses are those of the model.
-    With SoftCap the capped logits count.
+    With SoftCap the capped logits count; with ``on=`` only if SoftCap is listed first.
 
     With ``on``, in any model: a module's output goes on as it is, and its gradient gets that of the
     term. There are no labels there, so all rows count, and the loss that is reported is without the

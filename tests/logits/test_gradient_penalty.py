@@ -297,6 +297,26 @@ def test_another_loss_in_one_half_of_the_samples_is_noticed() -> None:
             optimizer.step()
 
 
+def test_halves_that_weigh_differently_are_another_loss() -> None:
+    critic = Critic()
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.05)
+    stablekit.attach(optimizer, GradientPenalty(batches="halves"), model=critic)
+    real, fake = critic(torch.cat(pair(0))).chunk(2)
+    (2 * fake.mean() - real.mean()).backward()
+    with pytest.raises(AttachError, match="loss_factor"):
+        optimizer.step()
+
+
+def test_a_loss_that_does_not_feel_the_critic_is_another_loss() -> None:
+    critic = Critic()
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.05)
+    stablekit.attach(optimizer, GradientPenalty(), model=critic)
+    real, fake = map(critic, pair(0))
+    (torch.relu(fake - 1e6).mean() - real.mean()).backward()
+    with pytest.raises(AttachError, match="loss_factor"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("calls", [0, 1, 3])
 def test_calls_that_are_no_pairs_are_an_error(calls: int) -> None:
     critic = Critic()

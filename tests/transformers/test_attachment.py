@@ -25,11 +25,20 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_line_attaches_to_the_torch_optimizer(mode: str, tmp_path: Path) -> None:
-    made, callback = equipped(mode, tmp_path, "nonfinite-guard", "zclip")
+    seen = []
+
+    class Look:
+        name = "look"
+
+        @stablekit.hookimpl
+        def observe_gradients(self, step: Step) -> None:
+            seen.append(stablekit.session(made.optimizer))
+
+    made, callback = equipped(mode, tmp_path, "nonfinite-guard", "zclip", Look())
     made.train()
-    assert list(callback.session.plugins) == ["nonfinite-guard", "zclip"]
+    assert list(callback.session.plugins) == ["nonfinite-guard", "zclip", "look"]
     assert type(callback.session.optimizers[0]) is torch.optim.AdamW
-    assert callback.session is stablekit.session(made.optimizer)
+    assert seen == [callback.session] * 4
     assert callback.session.number == 4
 
 
@@ -131,16 +140,6 @@ def test_with_the_trainer_in_hand_losses_add_up_over_micro_batches(tmp_path: Pat
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_second_training_goes_on_with_the_same_session(mode: str, tmp_path: Path) -> None:
-    made, callback = equipped(mode, tmp_path, "nonfinite-guard", "zclip")
-    made.train()
-    first = callback.session
-    made.train()
-    assert callback.session is first
-    assert first.number == 8
-
-
-@pytest.mark.parametrize("mode", MODES)
 def test_a_new_optimizer_gets_a_new_session_without_memory(mode: str, tmp_path: Path) -> None:
     guard: Any = stablekit.create("nonfinite-guard")
     made, callback = equipped(mode, tmp_path, guard, "adagc", "zclip", faults={1: float("nan")})
@@ -196,6 +195,31 @@ def test_an_optimizer_that_has_a_session_is_refused(tmp_path: Path) -> None:
     made, _ = equipped("callback", tmp_path, "adagc", model=model, optimizers=(optimizer, None))
     with pytest.raises(AttachError, match="has a session already, with zclip"):
         made.train()
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        ("zclop", "did you mean 'zclip'"),
+        ("zclip:z_tresh=3.0", "did you mean z_thresh"),
+        ({"zclip": {"alpha": 2.0, "include": "*"}}, "alpha must"),
+        (["adagc", ["zclop"]], "did you mean 'zclip'"),
+    ],
+)
+def test_a_misspelt_plugin_is_refused_before_training(spec: Any, error: str) -> None:  # noqa: ANN401
+    with pytest.raises((ValueError, TypeError), match=error):
+        StableKitCallback(spec)
+
+
+def test_every_form_of_a_plugin_is_taken_by_the_callback(tmp_path: Path) -> None:
+    specs = [
+        "recommended",
+        {"adagc": {"exclude": "*.bias"}},
+        stablekit.only("agc", exclude="*.bias"),
+    ]
+    made, callback = equipped("callback", tmp_path, specs, Watch())
+    made.train()
+    assert list(callback.session.plugins) == ["nonfinite-guard", "zclip", "adagc", "agc", "watch"]
 
 
 def test_before_training_there_is_no_session() -> None:

@@ -73,6 +73,12 @@ def test_up_to_the_first_fault_it_trains_as_a_trainer_without_stablekit(
         assert mine["grad_norm_clipped"] == pytest.approx(0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("fsdp2")])
+def test_the_loss_of_a_step_is_that_of_all_micro_batches_and_ranks(name: str, ranks: Seen) -> None:
+    for entry in ranks[0]["cases"][name]["straight"]["log"][: min(FAULTS)]:
+        assert entry["step_loss"] == pytest.approx(entry["loss"], rel=1e-4)
+
+
 def test_both_ways_to_attach_and_both_engines_train_alike(ranks: Seen) -> None:
     reached = {name: ranks[0]["cases"][name]["straight"]["weights"] for name in RESUMED}
     for weights in reached.values():
