@@ -46,7 +46,7 @@ def rows(workload: Workload, effort: Effort) -> Iterator[Row]:
 def _measured(workload: Workload, effort: Effort) -> Timings:
     clock = "cpu" if effort.cpu_clock else "wall"
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [workload.name, str(effort.repetitions(workload, slow=True)), clock, folder]
+        arguments = [workload.name, str(effort.repetitions(workload)), clock, folder]
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.fsdp2", str(rank), *arguments],
