@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,30 +10,16 @@ import torch
 from stablekit_logits import slope_penalty, slopes
 from tests.logits.loss_ranks import KINDS, STEPS, WORLD, critic, plugin_of, train
 from tests.logits.small import close, same, samples
+from tests.logits.starting import saved_by_ranks
 from tests.logits.test_gradient_penalty import seen_points
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Start two processes once and return what each of them saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.logits.loss_ranks", str(rank), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, **quiet},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert not any(process.returncode for process in processes), said
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return saved_by_ranks("loss_ranks", tmp_path_factory.mktemp("ranks"), WORLD)
 
 
 @pytest.mark.parametrize("kind", KINDS)
